@@ -1,0 +1,67 @@
+"""vitkit: pre-train further, adapt and measure Vision Transformers on your own images, by published methods.
+
+Every command-line verb is a function here, with the same words:
+
+    vitkit.pretrain("mae", model=..., data=..., out=...)      vitkit.evaluate(model=..., data=..., protocols="knn,linear")
+    vitkit.adapt("adaptformer", model=..., data=..., out=...) vitkit.embed(model=..., data=..., out=...)
+    vitkit.load("runs/a").predict("new/")                     vitkit.compare("runs/a", "runs/b")
+    vitkit.predict("runs/a", "new/")                          vitkit.export("runs/a", format="onnx")
+    vitkit.report("runs/a")   vitkit.check("photos/")         vitkit.methods()   vitkit.doctor()
+
+Loaded lazily: `import vitkit` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+VERBS = (
+    "adapt", "check", "compare", "demo", "doctor", "embed", "evaluate", "export", "load", "methods", "predict",
+    "pretrain", "report",
+)  # fmt: skip
+_ELSEWHERE = {
+    "VitkitError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightsError": "errors",
+    "TrainingError": "errors", "MissingExtra": "errors", "Passport": "passport", "Model": "run.model", "Run": "run.model",
+}  # fmt: skip
+__all__ = ["__version__", "tokens", "weights", *VERBS, *_ELSEWHERE]
+
+if TYPE_CHECKING:
+    from vitkit import tokens, weights
+    from vitkit.errors import ConfigError, DataError, MissingExtra, TrainingError, VitkitError, WeightsError
+    from vitkit.passport import Passport
+    from vitkit.run.model import Model, Run
+    from vitkit.run.verbs import (
+        adapt, check, compare, demo, doctor, embed, evaluate, export, load, methods, predict, pretrain, report,
+    )  # fmt: skip
+
+
+class _VerbPackage(types.ModuleType):
+    """A verb's package (vitkit.adapt holds the adaptation methods) that is also the verb: `vitkit.adapt(...)`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        verbs = importlib.import_module("vitkit.run.verbs")
+        return getattr(verbs, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def _callable_package(name: str) -> None:
+    """Make the package `name` callable as its verb (called by that package's `__init__`)."""
+    sys.modules[name].__class__ = _VerbPackage
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("adapt", "evaluate", "pretrain", "tokens", "weights"):
+        return importlib.import_module(f"vitkit.{name}")
+    if name in VERBS:
+        return getattr(importlib.import_module("vitkit.run.verbs"), name)
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(f"vitkit.{_ELSEWHERE[name]}"), name)
+    raise AttributeError(f"module 'vitkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,80 @@
+"""What every adaptation of a ViT to labelled images shares: a new head, its loss, and a set of trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkit import tokens
+from vitkit.parts.heads import class_loss, install_head, set_pooling, soft_cross_entropy
+from vitkit.parts.optim import layer_decay_groups, weight_decay_groups
+from vitkit.settings import Classify, Task
+
+
+class Adaptation(nn.Module):
+    """A ViT with something added, a head for `task`, and only what the method names trainable.
+
+    A method file gives `inject(vit, settings) -> vit` and `trains(name) -> bool`; its class passes both here.
+    `forward({"image": (B, C, H, W) normalised, "label": (B,) int64 or (B, C) float})` -> {"loss", "logits"}.
+    """
+
+    needs_labels = True
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        settings: Any,
+        *,
+        task: Task,
+        classify: Classify = Classify(),
+        inject: Callable[[nn.Module, Any], nn.Module],
+        trains: Callable[[str], bool],
+    ):
+        super().__init__()
+        tokens.require_vit(vit)
+        before = {name for name, _ in vit.named_parameters()}
+        if classify.pool != "keep":
+            set_pooling(vit, classify.pool)
+        pooling = {name for name, _ in vit.named_parameters()} - before  # a new fc_norm has nothing to preserve
+        self.vit = inject(vit, settings)
+        self.settings, self.task, self.classify = settings, task, classify
+        install_head(self.vit, classify.head, len(task.classes))
+        for name, parameter in self.vit.named_parameters():
+            parameter.requires_grad_(name.startswith("head.") or name in pooling or trains(name))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, labels = batch["image"], batch["label"]
+        if self.training and (self.classify.mixup or self.classify.cutmix):
+            images, labels = self._mix(images, labels)
+        scores = tokens.logits(self.vit, images)
+        if self.task.kind == "single" and labels.is_floating_point():
+            loss = soft_cross_entropy(scores, labels)
+        else:
+            loss = class_loss(scores, labels, smoothing=self.classify.smoothing if self.training else 0.0)
+        return {"loss": loss, "logits": scores}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Class probabilities (B, C): softmax for one label an image, sigmoid for many."""
+        scores = tokens.logits(self.vit, images).float()
+        return scores.softmax(-1) if self.task.kind == "single" else scores.sigmoid()
+
+    def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+        if layer_decay != 1.0:
+            return layer_decay_groups(self.vit, weight_decay=weight_decay, layer_decay=layer_decay, prefix="vit.")
+        return weight_decay_groups(self.vit.named_parameters(), weight_decay)
+
+    def finish(self) -> nn.Module:
+        """The adapted ViT, head included; it still answers `tokens.encode`."""
+        return self.vit
+
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        from vitkit.parts.mixup import mix
+
+        if not labels.is_floating_point():
+            labels = nn.functional.one_hot(labels, len(self.task.classes)).to(images.dtype)
+            labels = labels * (1 - self.classify.smoothing) + self.classify.smoothing / len(self.task.classes)
+        return mix(images, labels, mixup=self.classify.mixup, cutmix=self.classify.cutmix)

@@ -1,0 +1,396 @@
+"""Finding the numbers that a name of weights stands for: timm models, hub ids, weight files.
+
+Each function gives a `Source`: a native architecture and tensors that fit it exactly. Adapting it to another input and
+building the model is `vitkit.weights`'s part, as are run folders, which need a whole model to start from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkit import layouts
+from vitkit.errors import WeightsError, nearest
+from vitkit.layouts import ANCHOR, Reading
+from vitkit.parts import architecture, configs
+from vitkit.parts.adapt_tensors import adapt_pixels
+from vitkit.parts.configs import BARE, Said
+from vitkit.parts.positions import square_grid
+from vitkit.parts.statefiles import read_state
+from vitkit.passport import IMAGENET_MEAN, IMAGENET_STD, Passport, Preprocess
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+HUB = ("hf-hub:", "hf_hub:")
+HEADS = ("head.", "head_dist.")
+
+
+@dataclass
+class Report:
+    """Sentences for the user, said as they come and kept."""
+
+    say: Callable[[str], None] | None
+    lines: list[str] = field(default_factory=list)
+
+    def __call__(self, sentence: str) -> None:
+        self.lines.append(sentence)
+        if self.say is not None:
+            self.say(sentence)
+
+
+@dataclass
+class Source:
+    """Where the numbers come from: a native architecture and, unless random, the tensors that fit it exactly."""
+
+    arch: str
+    kwargs: dict[str, Any]
+    preprocess: Preprocess
+    base: dict[str, Any]  # as in a passport, still without hash and seed
+    state: dict[str, Tensor] | None = None  # trunk tensors by timm's names; None: random weights
+    head: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    positions: str = "timm"
+    rope: str = "float32"
+    licence: str | None = None
+    classes: list[str] | None = None
+    task: str | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    ready: nn.Module | None = None  # a finished trunk, used when nothing has to be adapted
+
+
+def is_path(ref: str | Path) -> bool:
+    """Whether a reference means something on disk: it exists, ends like a weight file, or has folders in it."""
+    text = str(ref)
+    if isinstance(ref, Path) or text.endswith(SUFFIXES) or Path(text).exists():
+        return True
+    return ("/" in text or "\\" in text) and not text.startswith(("timm/", *HUB))
+
+
+def split_head(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trunk tensors and classifier tensors of a timm state dict."""
+    head = {name: value for name, value in tensors.items() if name.startswith(HEADS)}
+    return {name: value for name, value in tensors.items() if name not in head}, head
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+def from_name(
+    ref: str, arch_kwargs: Mapping[str, Any] | None, *, pretrained: bool, drop_path_rate: float, report: Report
+) -> Source:
+    """A timm name (with its tag), a hub id, or a bare class with `arch_kwargs`."""
+    said = configs.parse_config(arch_kwargs or {}, "arch_kwargs", strict=True)
+    name, kwargs, hub = ref.removeprefix("timm/"), said.kwargs, ref.startswith(HUB)
+    if name in BARE:
+        if pretrained:
+            raise WeightsError(
+                f"{name} is a bare class and has no pre-trained weights", fix="pretrained=False (--pretrained false)"
+            )
+        return _random(name, name, kwargs, said.pixels, None, report)
+    if hub:
+        arch, cfg, own = _hub_config(name)
+        kwargs = {**own, **kwargs}
+    else:
+        arch, cfg = name.split(".")[0], _timm_config(name)
+    if "dinov3" in arch and "global_pool" not in kwargs:
+        kwargs = {**kwargs, "global_pool": "token"}
+        report("DINOv3: the feature is the class token, as upstream; timm's own default is the average of the patches")
+    pixels = {k: cfg[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if cfg.get(k) is not None}
+    pixels |= said.pixels
+    plan = architecture.build(arch, kwargs, meta=True)  # refuses what is no ViT before anything is downloaded
+    if not pretrained:
+        return _random(name, arch, kwargs, pixels, None, report)
+    native = _download(name, arch, kwargs, drop_path_rate)
+    state, head = split_head({key: value.detach() for key, value in native.state_dict().items()})
+    native.reset_classifier(0)
+    licence = cfg.get("license")
+    report(f"{name}: pre-trained weights from timm" + (f", licence {licence}" if licence else ""))
+    base = {"kind": "timm", "ref": name, "load": {"arch_kwargs": kwargs}}
+    prepared = _preprocess(pixels, plan, report)
+    return Source(arch, kwargs, prepared, base, state=state, head=head, licence=licence, ready=native)
+
+
+def _random(
+    ref: str, arch: str, kwargs: dict[str, Any], pixels: Mapping[str, Any], licence: str | None, report: Report
+) -> Source:
+    report(f"{ref}: random weights")
+    plan = architecture.build(arch, kwargs, meta=True)
+    base = {"kind": "random", "ref": ref, "load": {"arch_kwargs": kwargs, "pretrained": False}}
+    return Source(arch, kwargs, _preprocess(pixels, plan, report), base, licence=licence)
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    import timm
+
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        close = nearest(arch, timm.list_models())
+        raise WeightsError(
+            f"{name!r} is neither a file nor a model that timm knows",
+            fix=f"did you mean {', '.join(close)}?" if close else "timm.list_models('vit*') lists the names",
+        )
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        cfg = None
+    if cfg is None and tag:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
+        raise WeightsError(f"timm has no weights {tag!r} of {arch}", fix=f"its tags: {', '.join(tags) or 'none'}")
+    return {} if cfg is None else cfg.to_dict()
+
+
+def _hub_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    from timm.models import load_model_config_from_hf
+
+    try:
+        cfg, arch, model_args = load_model_config_from_hf(name.partition(":")[2])
+    except Exception as error:  # offline, unknown repository, no timm config: hub libraries raise a dozen kinds
+        raise _not_fetched(name, error) from error
+    return arch, dict(cfg), configs.parse_config(model_args or {}, f"the config of {name}").kwargs
+
+
+def _download(name: str, arch: str, kwargs: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
+    import timm
+
+    if not name.startswith(HUB) and not timm.list_pretrained([arch, f"{arch}.*"]):
+        raise WeightsError(f"timm has no pre-trained weights of {name}", fix="pretrained=False for random weights")
+    ready = architecture.constructor(arch, kwargs)
+    ready |= {"dynamic_img_size": True, "patch_drop_rate": 0.0, "drop_path_rate": drop_path_rate}
+    try:
+        return timm.create_model(name, pretrained=True, **ready)
+    except Exception as error:
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> WeightsError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+    return WeightsError(
+        f"the pre-trained weights of {name} could not be loaded ({type(error).__name__}: {first}); "
+        "nothing was substituted for them",
+        fix="connect to the network, or name a weight file, or pretrained=False (--pretrained false) for random weights",
+    )
+
+
+def _preprocess(pixels: Mapping[str, Any], native: nn.Module, report: Report) -> Preprocess:
+    """Preprocessing as recorded; where nothing is, ImageNet's mean and std, and that is said."""
+    known = {key: value for key, value in pixels.items() if key != "image_size"}
+    if "mean" not in known or "std" not in known:
+        known |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        report("no preprocessing is recorded: ImageNet mean and std are assumed")
+    return adapt_pixels(Preprocess(image_size=tuple(native.patch_embed.img_size), **known), native.in_chans)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None, report: Report) -> Source:
+    """A weight file, or a folder that holds exactly one, in any layout of `vitkit.layouts`."""
+    if not path.exists() and path.suffix not in SUFFIXES:
+        raise WeightsError(
+            f"{path} does not exist", fix=f"check the path, or write hf-hub:{path} for a Hugging Face id"
+        )
+    path = _weight_file(path)
+    tensors, meta = read_state(path)
+    if meta.get("vitkit") == "delta":
+        raise WeightsError(
+            f"{path} holds only the trained part of a run, and the run's passport.json is not beside it",
+            fix="name the run folder",
+        )
+    if meta["left"]:
+        report(f"{path.name}: read '{meta['container']}', left {', '.join(repr(key) for key in meta['left'])}")
+    said = _said(path, meta, arch, arch_kwargs)
+    reading = layouts.read(tensors, plain=said.arch is not None and architecture.is_eva(said.arch))
+    report(f"{path.name}: {reading.summary(len(tensors))}")
+    for note in reading.notes:
+        report(note)
+    if said.unused:
+        report(f"not used from {said.where}: {', '.join(said.unused)}")
+    cast = _to_float32(reading)
+    if cast:
+        report(f"weights were {', '.join(cast)}, used as float32")
+    named, kwargs = _resolve(said, reading, report)
+    plan = architecture.build(named, kwargs, meta=True)
+    base = {"kind": "file", "ref": str(path.resolve()), "load": {"arch": named, "arch_kwargs": kwargs}}
+    source = Source(named, kwargs, _preprocess(said.pixels, plan, report), base, state=reading.vit, head=reading.head)
+    positions = said.other.get("positions") or ("timm" if said.timm else reading.positions)
+    known = {key: said.other.get(key) for key in ("licence", "classes", "task")}
+    return replace(source, extras=reading.extras, positions=positions, rope=said.other.get("rope", "float32"), **known)
+
+
+def without_weights(source: Source, report: Report) -> Source:
+    """The architecture of a file with random weights."""
+    report("pretrained=False: its architecture with random weights")
+    base = {"kind": "random", "ref": source.arch, "load": {"arch_kwargs": source.kwargs, "pretrained": False}}
+    plain = Source(source.arch, source.kwargs, source.preprocess, base)
+    return replace(plain, positions=source.positions, rope=source.rope)
+
+
+def _weight_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if len(found) == 1:
+        return found[0]
+    named = [p for p in found if p.name == "model.safetensors"]
+    if len(named) == 1:
+        return named[0]
+    inside = f"{len(found)} weight files ({', '.join(p.name for p in found[:4])})" if found else "no weight file"
+    raise WeightsError(f"{path} is no run folder (no passport.json) and holds {inside}", fix="name the weight file")
+
+
+def _said(path: Path, meta: Mapping[str, Any], arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Said:
+    """What is known about a file's architecture and pixels: the caller first, then the file itself, then a
+    config.json beside it. The first that says anything about the architecture decides it; pixels likewise."""
+    found = [*_own_words(meta), *_config_beside(path)]
+    speaker = next((s for s in found if s.arch or s.kwargs), Said())
+    said = replace(speaker, kwargs=dict(speaker.kwargs))
+    said.pixels = next((s.pixels for s in found if s.pixels), {})
+    said.other = {key: value for s in reversed(found) for key, value in s.other.items()}
+    if arch is not None:
+        zoo = configs.zoo_model(arch)
+        known = None if zoo else configs.known_arch(arch)
+        if zoo is None and known is None:
+            import timm
+
+            close = nearest(arch, [*BARE, *timm.list_models()])
+            raise WeightsError(
+                f"arch {arch!r} is unknown", fix=f"did you mean {', '.join(close)}?" if close else "a timm name"
+            )
+        trunk = {key: value for key, value in (zoo or {}).items() if not key.startswith("decoder")}
+        same = said.timm and known == said.arch
+        said = replace(said, arch=known, kwargs=trunk, where=f"arch {arch}", timm=same, zoo=zoo is not None, unused=[])
+    if arch_kwargs:
+        mine = configs.parse_config(arch_kwargs, "arch_kwargs", strict=True)
+        said.kwargs, said.pixels = said.kwargs | mine.kwargs, {**said.pixels, **mine.pixels}
+        said.zoo = said.zoo and "num_heads" not in mine.kwargs
+        said.other |= mine.other
+        said.where = f"{said.where} and arch_kwargs" if said.where else "arch_kwargs"
+    return said
+
+
+def _own_words(meta: Mapping[str, Any]) -> list[Said]:
+    found = []
+    if isinstance(meta.get("passport"), Mapping):
+        found.append(_from_passport(Passport.from_dict(meta["passport"], where="the file's own passport")))
+    if isinstance(meta.get("config"), Mapping):
+        found.append(configs.parse_config(meta["config"], "the file's own config"))
+    args = meta["args"] if isinstance(meta.get("args"), Mapping) else {}
+    if isinstance(meta.get("arch"), str):
+        args = {**args, "arch": args.get("arch", meta["arch"])}
+    if args:
+        found.append(configs.parse_args(args, "the file's own arguments"))
+    return found
+
+
+def _config_beside(path: Path) -> list[Said]:
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return []
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{config} is not valid JSON: {error}", fix="correct it, or move it away") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{config} is not a mapping", fix="correct it, or move it away")
+    if {"format", "preprocess"} <= set(content):
+        return [_from_passport(Passport.from_dict(dict(content), where=str(config)))]
+    return [configs.parse_config(content, str(config))]
+
+
+def _from_passport(passport: Passport) -> Said:
+    prepared = passport.preprocess
+    pixels = {key: getattr(prepared, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    other = {"positions": passport.feature.positions, "rope": passport.feature.rope, "task": passport.task}
+    other |= {"licence": passport.licence, "classes": passport.classes}
+    return Said("its passport", passport.arch, dict(passport.arch_kwargs), pixels, other)
+
+
+def _to_float32(reading: Reading) -> list[str]:
+    """Floating tensors to float32 in place; the names of the precisions they had."""
+    cast: dict[str, None] = {}
+    for group in (reading.vit, reading.head, reading.extras):
+        for name, value in group.items():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                cast[str(value.dtype).removeprefix("torch.")] = None
+                group[name] = value.float()
+    return list(cast)
+
+
+def _resolve(said: Said, reading: Reading, report: Report) -> tuple[str, dict[str, Any]]:
+    """The architecture (timm name or bare class) and keywords that the file's tensors fit natively."""
+    if said.arch is not None and said.arch not in BARE:
+        return said.arch.split(".")[0], _fit_named(said, reading, report)
+    if said.arch == "Eva":
+        return "Eva", said.kwargs
+    found = architecture.facts(reading, said.kwargs)
+    _require_agreement(found, said)
+    kwargs = found | said.kwargs | {key: found[key] for key in ("mlp_ratio", "img_size")}
+    why = f"heads from {said.where}"
+    if "num_heads" not in kwargs or (said.zoo and "num_heads" in reading.hints):
+        kwargs["num_heads"], why = architecture.num_heads(reading, found)
+    if kwargs["embed_dim"] % kwargs["num_heads"]:
+        raise WeightsError(
+            f"{kwargs['num_heads']} heads do not divide a width of {kwargs['embed_dim']}", fix=f"correct {said.where}"
+        )
+    distilled = "dist_token" in reading.vit
+    size = f"{kwargs['embed_dim']} wide, {kwargs['depth']} deep, {kwargs['num_heads']} heads ({why})"
+    patch, pixels = kwargs["patch_size"], kwargs["img_size"]
+    report(
+        f"architecture: {size}, patch {patch[0]}x{patch[1]}, {pixels[0]}x{pixels[1]} px, {kwargs['in_chans']} channels"
+    )
+    return ("VisionTransformerDistilled" if distilled else "VisionTransformer"), kwargs
+
+
+def _require_agreement(found: Mapping[str, Any], said: Said) -> None:
+    """A config may not contradict the shapes."""
+    wrong = []
+    for key in ("embed_dim", "depth", "patch_size", "in_chans", "class_token", "reg_tokens", "qkv_bias"):
+        if key in said.kwargs and said.kwargs[key] != found[key]:
+            wrong.append(f"{key} is {said.kwargs[key]}, the tensors have {found[key]}")
+    ratio = said.kwargs.get("mlp_ratio")
+    hidden = int(found["embed_dim"] * found["mlp_ratio"])
+    if ratio is not None and int(found["embed_dim"] * ratio) != hidden:
+        wrong.append(f"mlp_ratio is {ratio}, the tensors have {hidden / found['embed_dim']:.4g}")
+    if found.get("fc_norm") and said.kwargs.get("global_pool", "avg") == "token":
+        wrong.append("global_pool is the class token, but the tensors have fc_norm for average pooling")
+    if wrong:
+        close = architecture.nearest_arch(found)
+        raise WeightsError(
+            f"{said.where} contradicts the tensors: {'; '.join(wrong)}",
+            fix="correct it, or name the architecture with --arch" + (f" (the nearest is {close})" if close else ""),
+        )
+
+
+def _fit_named(said: Said, reading: Reading, report: Report) -> dict[str, Any]:
+    """Keywords that make a named architecture native to the file: its channels, grid and pooling."""
+    kwargs, vit = dict(said.kwargs), reading.vit
+    plan = architecture.build(said.arch, kwargs, meta=True)
+    report(f"architecture: {said.arch}, from {said.where}")
+    stem, own = vit[ANCHOR], plan.state_dict().get(ANCHOR)
+    if own is not None and stem.ndim == own.ndim and stem.shape[1] != own.shape[1] and stem.shape[0] == own.shape[0]:
+        kwargs["in_chans"] = stem.shape[1]
+    table, rows = vit.get("pos_embed"), getattr(plan, "pos_embed", None)
+    if table is not None and rows is not None and table.shape[1] != rows.shape[1] and "img_size" not in kwargs:
+        patches = plan.patch_embed.num_patches
+        grid = square_grid(table.shape[1] - (rows.shape[1] - patches))
+        if grid is not None:
+            scale = [
+                side / old for side, old in zip(plan.patch_embed.img_size, plan.patch_embed.grid_size, strict=True)
+            ]
+            kwargs["img_size"] = [round(side * step) for side, step in zip(grid, scale, strict=True)]
+            report(f"its position table is {grid[0]}x{grid[1]}, so it is native to {kwargs['img_size']} px")
+    if (
+        "fc_norm.weight" in vit
+        and "norm.weight" not in vit
+        and "global_pool" not in kwargs
+        and plan.global_pool == "token"
+    ):
+        kwargs |= {"global_pool": "avg", "fc_norm": True}
+        report("it has fc_norm, so the feature is the average of the patch tokens")
+    return kwargs

@@ -1,0 +1,146 @@
+"""Settings that methods share. One dataclass field is a Python keyword, a command-line flag and a YAML key at once.
+
+Standard library only: `vitkit <verb> <method> --help` reads these without importing torch. A value "auto" is resolved
+when the run starts, then printed and saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model and images."""
+
+    model: str = ""
+    """timm name, hf-hub:org/name, weights file (.safetensors, .pth), or run folder"""
+    data: str = ""
+    """folder of class folders, folder of images, CSV/Parquet, images + masks, .npz, or "digits" """
+    arch: str | None = None
+    """timm architecture of a weights file that does not say so itself"""
+    arch_kwargs: dict[str, Any] | None = None
+    """keywords of the architecture that differ from its name, e.g. {embed_dim: 64, depth: 4, num_heads: 4}"""
+    pretrained: bool = True
+    """load the released weights of a timm name; false starts from random ones"""
+    patch_size: int | None = None
+    """pixels of a patch; by default the model's own (released patch projections are resampled)"""
+    image_size: int | tuple[int, int] | None = None
+    """pixels of the crop that the model sees; by default the model's own"""
+    in_chans: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; by default the model's own"""
+    label_columns: tuple[str, ...] | None = None
+    """columns of a table that hold labels; by default recognised and said aloud"""
+    image_column: str | None = None
+    """column of a table that holds image paths"""
+    group_column: str | None = None
+    """column whose values (patients, slides) must never straddle splits"""
+    split_seed: int = 0
+    """seed of the splits made where the data brings none"""
+    val_fraction: float = 0.15
+    """share of the training images cut for validation where the data brings no validation split"""
+    test_fraction: float = 0.2
+    """share of all images held out for the test where the data brings no test split"""
+    labels_per_class: int | None = None
+    """use this many labelled training images a class, drawn with `seed`"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How and where it runs."""
+
+    batch_size: int = 64
+    """images a step and process"""
+    seed: int = 0
+    """seed of new weights, order, augmentation and masks"""
+    workers: int | Literal["auto"] = "auto"
+    """processes that decode images; auto = 0 for images in memory, else cores - 1"""
+    devices: int = 1
+    """processes (GPUs, or CPU processes)"""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to run"""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """arithmetic; auto = bf16 where the device computes it natively, else 32"""
+    quiet: bool = False
+    """no progress on the terminal"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    out: str = ""
+    """run folder to write; the same command resumes it"""
+    epochs: int = 20
+    """passes over the training images"""
+    max_steps: int | None = None
+    """stop after this many optimiser steps (the schedule still spans `epochs`)"""
+    accumulate: int = 1
+    """batches whose gradients are averaged for one optimiser step"""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """optimiser"""
+    lr: float | Literal["auto"] = "auto"
+    """peak learning rate; auto = blr x effective batch / 256"""
+    blr: float = 1e-3
+    """base learning rate for 256 images a step"""
+    min_lr: float = 0.0
+    """learning rate at the end of the cosine"""
+    warmup_epochs: float = 0.0
+    """epochs of linear warm-up from 0, at most a fifth of `epochs`"""
+    weight_decay: float = 0.05
+    """weight decay of matrices (never of biases and norms)"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas"""
+    momentum: float = 0.9
+    """momentum of SGD and LARS"""
+    layer_decay: float = 1.0
+    """learning-rate factor from one block to the one below it"""
+    clip_grad: float | None = None
+    """largest gradient norm"""
+    ema: float = 0.0
+    """decay of the averaged weights used for evaluation and saving; 0 = none"""
+    drop_path: float = 0.0
+    """stochastic depth, linear from 0 to this rate over the blocks"""
+    augment: bool = True
+    """false: train on the evaluation view"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """area range of the random crop"""
+    hflip: bool = True
+    """mirror images at random; switch off where left and right matter"""
+    randaug: str | None = None
+    """RandAugment in timm's words, e.g. rand-m6-mstd0.5-inc1"""
+    compile: bool = False
+    """torch.compile every transformer block"""
+    eval_every: int = 1
+    """epochs between validations"""
+    save_every: int | None = None
+    """optimiser steps between checkpoints; by default one an epoch"""
+    max_bad: float = 0.01
+    """share of unreadable files above which training stops"""
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Labelled images to classes."""
+
+    head: Literal["linear", "bn_linear"] = "linear"
+    """classifier on the pooled feature: linear, or batch normalisation without affine parameters and linear"""
+    pool: Literal["keep", "token", "avg"] = "keep"
+    """pooled tokens: the model's own choice, class token, or mean of patches with a new norm"""
+    mixup: float = 0.0
+    """alpha of mixup; 0 = off"""
+    cutmix: float = 0.0
+    """alpha of cutmix; 0 = off"""
+    smoothing: float = 0.0
+    """label smoothing of single-label cross-entropy"""
+    select: Literal["best", "last"] = "best"
+    """weights kept: of the epoch with the best validation score, or of the last; the test split is read once, after"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted: exactly one of `classes` ("single") or any number of them ("multi")."""
+
+    kind: Literal["single", "multi"]
+    classes: tuple[str, ...]
