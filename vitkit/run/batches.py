@@ -1,0 +1,167 @@
+"""From settings to data and a model, and from images to batches: what jobs and measurements share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitkit import weights
+from vitkit.data import read
+from vitkit.data.images import Images
+from vitkit.data.loader import loader
+from vitkit.errors import DataError
+from vitkit.passport import Preprocess
+from vitkit.settings import Inputs, Machine
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Data:
+    """The parts of a data set that a run uses, and how their pictures become batches."""
+
+    all: Images
+    train: Images
+    val: Images
+    test: Images
+
+
+def open_data(inputs: Inputs, say: Say) -> Images:
+    """Read the data, cut missing splits, and say aloud what was understood."""
+    images = read(
+        inputs.data,
+        image_column=inputs.image_column,
+        label_columns=inputs.label_columns,
+        group_column=inputs.group_column,
+        split_seed=inputs.split_seed,
+        val_fraction=inputs.val_fraction,
+        test_fraction=inputs.test_fraction,
+        say=say,
+    )
+    return images
+
+
+def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module:
+    """The ViT that the settings name, for images of their size and channels."""
+    return weights.load(
+        inputs.model,
+        arch=inputs.arch,
+        arch_kwargs=inputs.arch_kwargs,
+        pretrained=inputs.pretrained,
+        patch_size=inputs.patch_size,
+        image_size=inputs.image_size,
+        in_chans=inputs.in_chans,
+        seed=seed,
+        say=say,
+        **more,
+    )
+
+
+def worker_count(machine: Machine, images: Images) -> int:
+    """auto: none for pictures that already are arrays in memory, else the cores that training leaves."""
+    if machine.workers != "auto":
+        return machine.workers
+    in_memory = type(images.store).__name__ == "ArrayStore"
+    return 0 if in_memory else max(1, (os.cpu_count() or 2) - 1)
+
+
+def batches_of(
+    images: Images, view: Any, machine: Machine, *, max_bad: float, rank: int, world: int, drop_last: bool
+) -> Callable[[int, int], Any]:
+    """batches(epoch, start) for the loop."""
+    workers = worker_count(machine, images)
+
+    def batches(epoch: int, start: int) -> Any:
+        return loader(
+            images,
+            view,
+            batch_size=machine.batch_size,
+            seed=machine.seed,
+            epoch=epoch,
+            start=start,
+            drop_last=drop_last,
+            workers=workers,
+            rank=rank,
+            world=world,
+            max_bad=max_bad,
+        )
+
+    return batches
+
+
+def epoch_steps(count: int, machine: Machine, world: int) -> tuple[int, bool]:
+    """Batches an epoch, and whether the last short one is dropped (it is, unless it is the only one)."""
+    whole = count // (machine.batch_size * world)
+    return (whole, True) if whole else (1, False)
+
+
+def labelled_parts(images: Images, inputs: Inputs, machine: Machine, say: Say) -> Data:
+    """Train, validation and test parts of labelled data; refuses data that cannot be learnt from."""
+    if images.task not in ("single", "multi") or images.labels is None:
+        raise DataError(
+            f"{images.name}: no labels were found, and adapting needs them",
+            fix="class folders, or a CSV with path,label; vitkit pretrain mae needs none",
+        )
+    train, val, test = (_labelled(images.part(split)) for split in ("train", "val", "test"))
+    if inputs.labels_per_class:
+        train = train.few(inputs.labels_per_class, machine.seed)
+        say(f"training on {len(train)} images: {inputs.labels_per_class} a class")
+    if images.task == "single":
+        present = len(np.unique(train.labels))
+        if present < 2:
+            raise DataError(
+                f"{images.name}: {present} class among {len(train)} training images",
+                fix="at least two classes; more classes than training images cannot be learnt either",
+            )
+    if not len(train):
+        raise DataError(f"{images.name}: no labelled training images", fix="vitkit check --data ... shows the splits")
+    return Data(images, train, val, test)
+
+
+def _labelled(images: Images) -> Images:
+    known = images.labels >= 0 if images.task == "single" else ~np.isnan(images.labels).all(1)
+    return images.subset(known)
+
+
+@torch.inference_mode()
+def predict_scores(
+    method: nn.Module, images: Images, view: Any, prepare: Callable[[Tensor], Tensor], machine: Machine
+) -> np.ndarray:
+    """Class probabilities (N, C) in image order."""
+    rows = []
+    for batch in evaluation_batches(images, view, machine):
+        rows.append(method.predict(prepare(batch["image"])).cpu().numpy())
+    return np.concatenate(rows) if rows else np.zeros((0, len(images.classes)), np.float32)
+
+
+def evaluation_batches(images: Images, view: Any, machine: Machine) -> Any:
+    """Every image once, in order; a file that cannot be decoded is an error here: a score must not be of another file."""
+    workers = worker_count(machine, images)
+    yield from loader(images, view, batch_size=machine.batch_size, seed=0, shuffle=False, workers=workers, max_bad=0)
+
+
+@torch.inference_mode()
+def held_out_loss(method: nn.Module, images: Images, view: Any, prepare: Any, machine: Machine) -> float:
+    """Mean loss over `images` with each sample's own fixed mask."""
+    total, count = 0.0, 0
+    for batch in evaluation_batches(images, view, machine):
+        size = len(batch["image"])
+        batch["image"] = prepare(batch["image"])
+        total += float(method(batch)["loss"]) * size
+        count += size
+    return total / max(count, 1)
+
+
+def prepare_for(preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda images: preprocess.normalise(images.to(device, non_blocking=True))
+
+
+def speaker(quiet: bool) -> Say:
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

@@ -1,0 +1,264 @@
+"""`vitkit <verb> [method] [settings]`: parses words, calls the Python function of the same name, prints the result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from vitkit.errors import ConfigError, VitkitError, nearest
+
+HELP = """vitkit: pre-train further, adapt and measure Vision Transformers on your own images.
+
+  vitkit adapt adaptformer --model vit_small_patch14_dinov2.lvd142m --data photos/ --out runs/a
+  vitkit predict runs/a new/
+
+verbs
+  pretrain METHOD    train on images without labels                 --model --data --out
+  adapt METHOD       adapt to labelled images                       --model --data --out
+  evaluate           kNN and linear probe of a frozen model         --model --data [--protocols knn,linear] [--out]
+  embed              features of every image, with a gallery        --model --data --out
+  predict            classes of new images                          RUN DATA [--out predictions.csv]
+  compare            runs side by side, paired on the same images   RUN RUN [RUN ...] [--out compare.html]
+  report             write a run's report again                     RUN
+  export             one file without vitkit                        RUN [--format safetensors|onnx] [--out FILE]
+  check              look through a data set before training        DATA
+  methods            every method with its paper                    [VERB]
+  doctor             what this machine offers
+  demo               the main job on bundled handwriting            [--out runs/demo]
+
+`vitkit VERB --help` and `vitkit VERB METHOD --help` explain; settings may also come from --config FILE.yaml.
+Files and weights stay on this machine: vitkit sends nothing anywhere."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors of ours are printed as text, without a traceback. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except VitkitError as error:
+        print(f"vitkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"vitkit: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vitkit methods | head`
+        sys.stderr.close()
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if words[0] in ("-V", "--version"):
+        from vitkit import __version__
+
+        print(f"vitkit {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        close = nearest(verb, VERBS)
+        raise ConfigError(f"there is no verb '{verb}'", fix=f"did you mean {close[0]}?" if close else "vitkit --help")
+    return VERBS[verb](rest)
+
+
+def _train(verb: str) -> Callable[[list[str]], int]:
+    def run(words: list[str]) -> int:
+        from vitkit.run import discover, verbs
+
+        if not words or words[0] in ("-h", "--help"):
+            print(f"vitkit {verb} METHOD --model M --data D --out R [--setting value ...]\n\nmethods")
+            for method in discover.methods(verb):
+                print(f"  {method.name:<13}{method.summary.partition(': ')[2] or method.summary}")
+            print(f"\n`vitkit {verb} METHOD --help` lists every setting.")
+            return 0
+        if words[0].startswith("-"):
+            names = ", ".join(method.name for method in discover.methods(verb))
+            raise ConfigError(f"vitkit {verb} needs a method before its settings", fix=f"one of: {names}")
+        if _asks_help(words):
+            verbs.settings_for(verb, discover.find(verb, words[0]).name, ["--help"])
+        finished = verbs.train(verb, words[0], words[1:])
+        _print_metrics(finished.summary)
+        print(f"{finished.path}")
+        return 0
+
+    return run
+
+
+def _evaluate(words: list[str]) -> int:
+    from vitkit.run import verbs
+    from vitkit.run.measure import evaluate_job
+
+    config = verbs.settings_for("evaluate", None, words)
+    verbs.check_protocols(config.own.protocols)
+    for name, found in evaluate_job(config).items():
+        print(f"{name:<8}" + _metric_words(found))
+    return 0
+
+
+def _embed(words: list[str]) -> int:
+    from vitkit.run import verbs
+    from vitkit.run.measure import embed_job
+
+    config = verbs.settings_for("embed", None, words)
+    found = embed_job(config)
+    print(f"{len(found)} images, {found.shape[1]} values each: {config.own.out}/features.npy, images.csv, gallery.html")
+    return 0
+
+
+def _predict(words: list[str]) -> int:
+    given = _words(words, "predict RUN DATA", positional=2, options=("out", "batch_size", "workers"))
+    from vitkit.run import verbs
+
+    numbers = {key: int(value) for key, value in given.items() if key in ("batch_size", "workers")}
+    found = verbs.predict(given["0"], given["1"], out=given.get("out"), **numbers)
+    print(found.table().to_csv(index=False), end="")
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    given = _words(words, "compare RUN RUN", positional=2, options=("out",), more=True)
+    from vitkit.run import verbs
+
+    runs = [value for key, value in given.items() if key.isdigit()]
+    result = verbs.compare(runs[0], runs[1], *runs[2:], out=given.get("out"))
+    print(result["verdict"])
+    print(result["report"])
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from vitkit.run import verbs
+
+    print(verbs.report(_words(words, "report RUN", positional=1)["0"]))
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    given = _words(words, "export RUN", positional=1, options=("format", "out"))
+    from vitkit.run import verbs
+
+    print(verbs.export(given["0"], format=given.get("format", "safetensors"), out=given.get("out")))
+    return 0
+
+
+def _check(words: list[str]) -> int:
+    given = _words(words, "check DATA", positional=1, options=("data",), first="data")
+    from vitkit.run import verbs
+
+    found = verbs.check(given.get("data") or given["0"])
+    print(found.text())
+    return 0 if found.ok else 1
+
+
+def _methods(words: list[str]) -> int:
+    given = _words(words, "methods [VERB]", positional=0, more=True)
+    from vitkit.run import discover
+
+    verb = given.get("0")
+    if verb is not None and verb not in discover.VERBS:
+        raise ConfigError(f"there is no verb '{verb}' with methods", fix=f"one of: {', '.join(discover.VERBS)}")
+    for method in discover.methods(verb):
+        print(f"{method.verb:<9}{method.name:<13}{method.summary}")
+        if method.paper:
+            print(f"{'':<22}{method.paper}")
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    _words(words, "doctor", positional=0)
+    from vitkit.run import verbs
+
+    rows = verbs.doctor()
+    for what, found, advice in rows:
+        print(f"{what:<16}{found}" + (f"\n{'':<16}-> {advice}" if advice else ""))
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    given = _words(words, "demo", positional=0, options=("out", "seeds"), switches=("quick",))
+    from vitkit.run import verbs
+
+    print(
+        verbs.demo(out=given.get("out", "runs/demo"), seeds=int(given.get("seeds", 3)), quick="quick" in given),
+    )
+    return 0
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") for word in words)
+
+
+def _words(
+    words: Sequence[str],
+    usage: str,
+    *,
+    positional: int,
+    options: Sequence[str] = (),
+    switches: Sequence[str] = (),
+    more: bool = False,
+    first: str | None = None,
+) -> dict[str, str]:
+    """Positional words under "0", "1", ... and options by name, for verbs with a handful of them."""
+    shape = "vitkit " + usage + "".join(f" [--{o} ...]" for o in options) + "".join(f" [--{s}]" for s in switches)
+    verb = usage.split()[0]
+    if _asks_help(words):
+        from vitkit.run import verbs
+
+        print(f"{shape}\n\n{verbs.verb_doc(verb)}")
+        raise SystemExit(0)
+    found: dict[str, str] = {}
+    rest, count = list(words), 0
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            found[str(count)] = word
+            count += 1
+            continue
+        name, equal, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in switches:
+            found[name] = "true"
+            continue
+        if name not in options:
+            close = nearest(name, [*options, *switches])
+            raise ConfigError(
+                f"vitkit {verb} has no option --{name}", fix=f"did you mean --{close[0]}?" if close else shape
+            )
+        if not equal and not rest:
+            raise ConfigError(f"--{name} needs a value", fix=shape)
+        found[name] = value if equal else rest.pop(0)
+    if first and first in found:
+        count += 1
+    if count < positional or (count > positional and not more):
+        raise ConfigError(f"vitkit {verb} takes {positional} names, got {count}", fix=shape)
+    return found
+
+
+def _print_metrics(summary: dict) -> None:
+    for metric in summary.get("metrics", []):
+        print(f"{metric['split']} {metric['name']:<24}" + _metric_words(metric))
+
+
+def _metric_words(found: dict) -> str:
+    value, low, high = found.get("value"), found.get("low"), found.get("high")
+    interval = f"  ({low:.4f} to {high:.4f})" if low is not None and low == low else ""
+    name = f"{found['name']} " if "chosen" in found else ""
+    chosen = f"  {found['chosen']}" if found.get("chosen") else ""
+    return f"{name}{value:.4f}{interval}  n={found.get('n')}{chosen}"
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": _train("pretrain"),
+    "adapt": _train("adapt"),
+    "evaluate": _evaluate,
+    "embed": _embed,
+    "predict": _predict,
+    "compare": _compare,
+    "report": _report,
+    "export": _export,
+    "check": _check,
+    "methods": _methods,
+    "doctor": _doctor,
+    "demo": _demo,
+}

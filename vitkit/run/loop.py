@@ -1,0 +1,357 @@
+"""The one training loop, for every method that is a module with a loss. On Lightning Fabric; readable as a page.
+
+A bare loop over the same method gives the same losses (tests/run/test_loop.py): everything random is a function of
+(seed, step, rank) for the model and (seed, epoch, sample) for the data, so nothing needs to be restored but weights,
+optimiser and position, and a run killed at any step resumes bit for bit for any number of workers.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.errors import TrainingError
+from vitkit.parts.ema import EMA
+from vitkit.parts.optim import build_optimizer, set_lr
+from vitkit.parts.schedules import scaled_lr, warmup_cosine
+from vitkit.settings import Machine, Train
+
+
+@dataclass
+class State:
+    """Where training stands. `position` is the next batch of `epoch`; saved only where an optimiser step was just made."""
+
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    seconds: float = 0.0
+    bad: list[str] = field(default_factory=list)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the run was saved at a step boundary before this was raised."""
+
+
+def make_fabric(machine: Machine) -> Any:
+    """Lightning Fabric for these settings; several processes start by its own launcher, or by torchrun around it."""
+    import logging
+    import os
+
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    around = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
+    strategy = "auto" if machine.devices == 1 and not around else "ddp" if around else "ddp_spawn"
+    return Fabric(
+        accelerator=machine.accelerator, devices=machine.devices, strategy=strategy, precision=precision_of(machine)
+    )
+
+
+def precision_of(machine: Machine) -> str:
+    """Fabric's name for the precision; "auto" asks the device what it computes natively."""
+    if machine.precision != "auto":
+        return {"32": "32-true", "bf16": "bf16-mixed"}[machine.precision]
+    cuda = machine.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of the model's randomness (dropout, drop path, mixup) in one forward pass."""
+    return (seed * 1_000_003 + step * 8_191 + rank) % (2**63 - 1)
+
+
+def fit(
+    method: nn.Module,
+    batches: Callable[[int, int], Any],
+    *,
+    train: Train,
+    machine: Machine,
+    fabric: Any,
+    steps_per_epoch: int,
+    prepare: Callable[[Tensor], Tensor],
+    folder: Any | None = None,
+    validate: Callable[[nn.Module], tuple[float, dict[str, float]]] | None = None,
+    keep_best: bool = True,
+    progress: Any | None = None,
+) -> State:
+    """Train `method` in place.
+
+    batches(epoch, start): the epoch's batches from number `start` on. prepare: uint8 images to normalised floats on the
+    method's device. validate(method) -> (score, metrics): called every `eval_every` epochs; with `keep_best` the weights
+    of the best score are put back at the end. folder: run folder for metrics, checkpoints and exact resume.
+    Raises TrainingError on non-finite losses or gradients (before the step) and when memory runs out.
+    """
+    return _Fit(
+        method, batches, train, machine, fabric, steps_per_epoch, prepare, folder, validate, keep_best, progress
+    ).run()
+
+
+@dataclass
+class _Fit:
+    method: nn.Module
+    batches: Callable[[int, int], Any]
+    train: Train
+    machine: Machine
+    fabric: Any
+    steps_per_epoch: int  # batches an epoch, before accumulation
+    prepare: Callable[[Tensor], Tensor]
+    folder: Any
+    validate: Any
+    keep_best: bool
+    progress: Any
+
+    def run(self) -> State:
+        train, fabric = self.train, self.fabric
+        if train.compile:
+            for block in self.method.vit.blocks:
+                block.compile()
+        effective = self.machine.batch_size * train.accumulate * fabric.world_size
+        self.lr = scaled_lr(train.blr, effective) if train.lr == "auto" else float(train.lr)
+        self.warmup = min(train.warmup_epochs, train.epochs / 5)
+        self.method.to(fabric.device)
+        kwargs = {"layer_decay": train.layer_decay} if train.layer_decay != 1.0 else {}
+        groups = self.method.param_groups(train.weight_decay, **kwargs)
+        optimizer = build_optimizer(
+            groups, name=train.optimizer, lr=self.lr, betas=train.betas, momentum=train.momentum
+        )
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.module, self.optimizer = fabric.setup(self.method, optimizer)
+        self.ema = EMA(self.method, train.ema) if train.ema else None
+        self.state, self.best_weights = State(), None
+        self.loss_sum, self.loss_count = torch.zeros((), device=fabric.device), 0
+        self._resume()
+        started = time.perf_counter() - self.state.seconds
+        with _signals() as self.stop:
+            while self.state.epoch < train.epochs and not self._done():
+                self._epoch(started)
+        if self.best_weights is not None:
+            _load_trained(self.method, self.best_weights)
+        elif self.ema is not None:
+            self.ema._swap()
+        return self.state
+
+    def _epoch(self, started: float) -> None:
+        state, train = self.state, self.train
+        self.module.train()
+        clock = time.perf_counter()
+        for batch in self.batches(state.epoch, state.position):
+            waited = time.perf_counter() - clock
+            last = state.position + 1 == self.steps_per_epoch
+            step_now = (state.position + 1) % train.accumulate == 0 or last
+            count = len(batch["image"])
+            self._note_bad(batch.pop("bad", []))
+            with _memory(self.machine.batch_size):
+                self._forward_backward(batch, step_now)
+            state.position += 1
+            if step_now:
+                self._optimize(batch)
+                state.seconds = time.perf_counter() - started
+                self._after_step()
+            if self.progress is not None:
+                self.progress.step(lr=self.now_lr, waited=waited, images=count * self.fabric.world_size)
+            if last:
+                break
+            if step_now and self._done():
+                return
+            clock = time.perf_counter()
+        state.epoch, state.position = state.epoch + 1, 0
+        self._validate()
+        self._save()
+
+    def _forward_backward(self, batch: dict[str, Any], step_now: bool) -> None:
+        state, train, fabric = self.state, self.train, self.fabric
+        # As in MAE's engine the rate belongs to the optimiser step: it is set at the first batch of an accumulation window.
+        start = state.position - state.position % train.accumulate
+        window = min(train.accumulate, self.steps_per_epoch - start)  # the last one of an epoch may be short
+        self.now_lr = warmup_cosine(
+            state.epoch + start / self.steps_per_epoch,
+            lr=self.lr,
+            min_lr=min(train.min_lr, self.lr),
+            warmup=self.warmup,
+            epochs=train.epochs,
+        )
+        set_lr(self.optimizer.optimizer, self.now_lr)
+        batch = {key: fabric.to_device(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch["image"] = self.prepare(batch["image"])
+        index = state.epoch * self.steps_per_epoch + state.position
+        torch.manual_seed(step_seed(self.machine.seed, index, fabric.global_rank))
+        with fabric.no_backward_sync(self.module, enabled=not step_now) if fabric.world_size > 1 else nullcontext():
+            loss = self.module(batch)["loss"]
+            fabric.backward(loss / window if window > 1 else loss)
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+
+    def _optimize(self, batch: dict[str, Any]) -> None:
+        """Check, clip, step. The check reads one number from the device: the price of never stepping on a NaN."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None], foreach=True)
+        if not torch.isfinite(norm + self.loss_sum):
+            self._stop_on_nan(batch)
+        if self.train.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.params, self.train.clip_grad, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(self.state.step)
+        if self.ema is not None:
+            self.ema.update()
+
+    def _after_step(self) -> None:
+        state, train = self.state, self.train
+        every = max(1, self.steps_per_epoch // train.accumulate // 10)
+        if state.step % every == 0 or self._done():
+            loss = float(self.fabric.all_reduce(self.loss_sum / self.loss_count, reduce_op="mean"))
+            self.loss_sum.zero_()
+            self.loss_count = 0
+            fraction = state.epoch + state.position / self.steps_per_epoch
+            self._log(
+                step=state.step, epoch=round(fraction, 4), loss=loss, lr=self.now_lr, seconds=round(state.seconds, 2)
+            )
+            if self.progress is not None:
+                self.progress.step(loss=loss)
+        if self.stop["now"] or (train.save_every and state.step % train.save_every == 0):
+            self._save()
+        if self.stop["now"]:
+            raise Interrupted(f"stopped at step {state.step}; the same command resumes from there")
+        if self._done() and state.position < self.steps_per_epoch:
+            self._validate()
+            self._save()
+
+    def _done(self) -> bool:
+        return self.train.max_steps is not None and self.state.step >= self.train.max_steps
+
+    def _validate(self) -> None:
+        """Score on the validation data; keep the trained weights of the best score so far."""
+        due = self.state.epoch % self.train.eval_every == 0 or self.state.epoch == self.train.epochs or self._done()
+        if self.validate is None or not due:
+            return
+        self.module.eval()
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            result = self.validate(self.method) if self.fabric.is_global_zero else None
+            score, metrics = self.fabric.broadcast(result)
+            if self.state.best is None or score > self.state.best:
+                self.state.best, self.state.best_step = score, self.state.step
+                self.best_weights = trained_state(self.method) if self.keep_best else None
+        self._log(step=self.state.step, epoch=float(self.state.epoch), **metrics)
+        self.module.train()
+
+    def _log(self, **record: Any) -> None:
+        if self.folder is not None and self.fabric.is_global_zero:
+            self.folder.log(record)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        if self.fabric.is_global_zero:
+            state = dict(vars(self.state), bad=list(self.state.bad))
+            self.folder.save_checkpoint(
+                {
+                    "state": state,
+                    "method": trained_state(self.method),
+                    "optimizer": self.optimizer.optimizer.state_dict(),
+                    "ema": self.ema.state_dict() if self.ema is not None else None,
+                    "best": self.best_weights,
+                    "loss": (float(self.loss_sum), self.loss_count),
+                }
+            )
+        self.fabric.barrier()
+
+    def _resume(self) -> None:
+        saved = self.folder.load_checkpoint() if self.folder is not None else None
+        if saved is None:
+            return
+        self.state = State(**saved["state"])
+        _load_trained(self.method, saved["method"])
+        self.optimizer.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+        self.best_weights = saved["best"]
+        self.loss_sum += saved["loss"][0]
+        self.loss_count = saved["loss"][1]
+        if self.fabric.is_global_zero:
+            self.folder.truncate(self.state.step)
+        if self.progress is not None:
+            self.progress.resume(self.state.epoch * self.steps_per_epoch + self.state.position)
+            self.progress.say(f"resumed at step {self.state.step} (epoch {self.state.epoch})")
+
+    def _note_bad(self, bad: list[str]) -> None:
+        """Remember unreadable files for the report; the loader stops the run when there are too many."""
+        self.state.bad.extend(name for name in dict.fromkeys(bad) if name not in self.state.bad)
+
+    def _stop_on_nan(self, batch: dict[str, Any]) -> None:
+        where = ""
+        if self.folder is not None:
+            path = self.folder.path / f"bad_batch_step{self.state.step}_rank{self.fabric.global_rank}.pt"
+            torch.save({key: value for key, value in batch.items() if isinstance(value, Tensor)}, path)
+            where = f"; the batch is in {path}"
+        kind = "loss" if not torch.isfinite(self.loss_sum) else "gradient"
+        raise TrainingError(
+            f"non-finite {kind} at step {self.state.step}, before the optimiser step{where}",
+            fix="a lower lr, clip_grad=1, or precision=32; the weights and the last checkpoint are unharmed",
+        )
+
+
+def trained_state(method: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of everything training changes: trainable parameters, buffers, and what the method names itself."""
+    if hasattr(method, "persistent"):
+        named = method.persistent()
+    else:
+        named = {n: p for n, p in method.named_parameters() if p.requires_grad}
+        keys = set(method.state_dict())
+        named.update({n: b for n, b in method.named_buffers() if n in keys})
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in named.items()}
+
+
+def _load_trained(method: nn.Module, state: dict[str, Tensor]) -> None:
+    unexpected = method.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise TrainingError(f"the checkpoint holds tensors that this method has not, e.g. {unexpected[0]}")
+
+
+@contextmanager
+def _memory(batch_size: int) -> Iterator[None]:
+    """Turn an allocator's failure into an error that names the batch size."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if not memory:
+            raise
+        half = max(1, batch_size // 2)
+        raise TrainingError(
+            f"no memory for a batch of {batch_size} images",
+            fix=f"--batch_size {half} --accumulate 2 computes the same step in half the memory",
+        ) from error
+
+
+@contextmanager
+def _signals() -> Iterator[dict[str, bool]]:
+    """Ctrl-C and SIGTERM ask for a save at the next step boundary; a second Ctrl-C stops at once."""
+    stop = {"now": False}
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop["now"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["now"] = True
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread: leave signals to whoever owns it
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

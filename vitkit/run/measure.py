@@ -1,0 +1,342 @@
+"""Measuring a frozen model: `vitkit evaluate` (protocols with intervals) and `vitkit embed` (features with a gallery).
+
+Nothing is chosen on the images that are scored: hyper-parameters come from the validation split, or from within the
+training images where the validation split is what is scored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitkit.data.images import Images
+from vitkit.errors import ConfigError, DataError
+from vitkit.run.batches import Data, labelled_parts, open_data, open_model, speaker, worker_count
+from vitkit.run.config import Config, main_line
+from vitkit.run.files import atomic, atomic_write
+from vitkit.run.folder import RunFolder
+from vitkit.settings import Machine, Task
+
+# Settings that do not change what is measured (beyond rounding), so that the same folder may be written again with others.
+FREE = frozenset({"workers", "quiet", "batch_size", "accelerator", "precision", "devices"})
+
+
+@dataclass
+class Outcome:
+    """One protocol on one split: probabilities `scores` (N, C), what was chosen on what, and the curve it was chosen by."""
+
+    protocol: str
+    scores: np.ndarray
+    chosen: str
+    picked_on: str
+    curve: list[tuple[float, float]]
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    interval: Any = None
+    note: str = ""
+
+
+@dataclass
+class Measured:
+    """Everything that an evaluation found, for its files and its report."""
+
+    images: Images
+    part: Images  # the scored images
+    split: str
+    trained_on: int
+    feature_dim: int
+    images_per_second: float | None
+    cautions: list[str]
+    outcomes: list[Outcome]
+
+    @property
+    def main(self) -> str:
+        return next(iter(self.outcomes[0].metrics))
+
+
+def evaluate_job(config: Config) -> dict[str, dict[str, Any]]:
+    """Score the frozen model of `config` by every protocol asked for: {protocol: {"name": main metric, "value", "low",
+    "high", "n", "chosen", "seconds", every other metric}}. With `out`, files and a report are written there.
+
+    Raises DataError where there is nothing to train on or to score, and ConfigError on settings that do not apply.
+    """
+    device = device_of(config.machine, "evaluate")
+    say = speaker(config.machine.quiet)
+    with torch.random.fork_rng(devices=[]), _home(config, "evaluate") as folder:
+        images = open_data(config.inputs, say)
+        data = labelled_parts(images, config.inputs, config.machine, say)
+        part, split = scored_part(data)
+        vit = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
+        cautions = overlap_with_training(vit, images)
+        for text in cautions:
+            say(f"caution: {text}")
+        parts = {"train": data.train, "val": data.val, "test": data.test}
+        used = {name: one for name, one in parts.items() if len(one)}
+        cache = None if folder is None else folder.path / "cache"
+        x, speed = _features(vit, used, config.machine, device, cache)
+        outcomes = [run_protocol(name, x, data, split, config.own.k, device) for name in config.own.protocols]
+        for outcome in outcomes:
+            judge(outcome, part, str(images.task))
+        measured = Measured(images, part, split, len(data.train), x["train"].shape[1], speed, cautions, outcomes)
+        if folder is not None:
+            from vitkit.run.measured import write_evaluation
+
+            report = write_evaluation(folder, measured, vit.passport, config)
+            say(f"report: {report}")
+    return {outcome.protocol: entry(outcome, measured) for outcome in outcomes}
+
+
+def embed_job(config: Config) -> np.ndarray:
+    """Features (N, D) of every image, written with names, splits and labels and a gallery to `out`; returns the array."""
+    from vitkit.run import gallery
+
+    device = device_of(config.machine, "embed")
+    say = speaker(config.machine.quiet)
+    with torch.random.fork_rng(devices=[]), _home(config, "embed") as folder:
+        images = open_data(config.inputs, say)
+        vit = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
+        found, speed = _features(vit, {"all": images}, config.machine, device, None)
+        x = np.ascontiguousarray(found["all"])
+        with atomic(folder.path / "features.npy") as file:
+            np.save(file, x, allow_pickle=False)
+        write_images(folder.path / "images.csv", images)
+        vit.passport.save(folder.path)
+        facts = {"images": f"{len(x):,}", "feature": f"{x.shape[1]} values"}
+        facts["splits"] = ", ".join(f"{name} {count:,}" for name, count in images.counts.items())
+        seen = gallery.write(
+            folder.path / "gallery.html",
+            images,
+            x,
+            title=f"{images.name} as {short_name(config.inputs.model)} sees it",
+            facts=facts,
+        )
+        folder.finish(
+            {"verb": "embed", "metrics": [], "images": len(x), "feature_dim": x.shape[1], "img_per_s": speed, **seen}
+        )
+        say(f"gallery: {folder.path / 'gallery.html'}")
+    return x
+
+
+def compare_job(paths: Sequence[Path], out: str | None = None) -> dict[str, Any]:
+    """Finished runs side by side with paired differences; see `vitkit.run.comparing.compare_job`."""
+    from vitkit.run.comparing import compare_job as compare
+
+    return compare(paths, out)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def scored_part(data: Data) -> tuple[Images, str]:
+    """The test images; the validation images where there are none."""
+    for part, split in ((data.test, "test"), (data.val, "val")):
+        if len(part):
+            return part, split
+    raise DataError(
+        f"{data.all.name}: no labelled test or validation images to score",
+        fix="--test_fraction 0.2 cuts some off, or label some images of the test split",
+    )
+
+
+def run_protocol(
+    name: str, x: dict[str, np.ndarray], data: Data, split: str, k: int | str, device: torch.device
+) -> Outcome:
+    """Fit protocol `name` on the training features, choose on validation, give probabilities of the scored split.
+
+    Where the validation images are the scored ones, the choice is made within the training images. Labels of the scored
+    images are not passed to anything here.
+    """
+    from vitkit.evaluate import knn, linear
+
+    began = time.perf_counter()
+    train, classes = data.train, len(data.all.classes)
+    held = (x["val"], data.val.labels) if split != "val" and "val" in x else (None, None)
+    where = "cpu" if device.type == "mps" else str(device)  # both fit in float64, which MPS lacks
+    kwargs = {"n_classes": classes, "groups": train.group, "device": where}
+    if name == "knn":
+        fitted = knn.fit(x["train"], train.labels, *held, settings=knn.Settings(k=k), **kwargs)
+        auto = "validation" if held[0] is not None else "the training images, each by the others"
+        chosen, picked_on, note = f"k={fitted.chosen}", auto if k == "auto" else "nothing: it was given", ""
+    else:
+        fitted = linear.fit(x["train"], train.labels, *held, **kwargs)
+        chosen, picked_on = f"penalty={fitted.chosen:.2g}", fitted.picked_on
+        note = (
+            "" if fitted.converged else f"the optimiser stopped after {fitted.iterations} steps, short of its tolerance"
+        )
+    scores = fitted.scores(x[split])
+    return Outcome(name, scores, chosen, picked_on, fitted.curve, time.perf_counter() - began, note=note)
+
+
+def judge(outcome: Outcome, part: Images, task: str) -> None:
+    """Metrics of an outcome on the scored images, once, and the interval of the main one (patients drawn whole)."""
+    from vitkit.evaluate import metrics, statistics
+
+    outcome.metrics = metrics.summary(task, part.labels, outcome.scores)
+    main = getattr(metrics, metrics.main_metric(task))
+    outcome.interval = statistics.bootstrap(main, part.labels, outcome.scores, groups=part.group, seed=0)
+
+
+def entry(outcome: Outcome, measured: Measured) -> dict[str, Any]:
+    """An outcome as plain values: the main metric under "value", the others by name."""
+    interval = outcome.interval
+    found = {"name": measured.main, "value": interval.value, "low": interval.low, "high": interval.high}
+    found |= {"n": len(measured.part), "split": measured.split, "chosen": outcome.chosen}
+    found |= {"picked_on": outcome.picked_on, "seconds": round(outcome.seconds, 3)}
+    notes = "; ".join(filter(None, [interval.note, outcome.note]))
+    return {**found, **outcome.metrics, **({"note": notes} if notes else {})}
+
+
+def overlap_with_training(vit: nn.Module, images: Images) -> list[str]:
+    """Cautions where the model's own history says that it was trained on other splits of these data."""
+    found = []
+    for step in vit.passport.lineage:
+        data = step.get("data") or {}
+        if data.get("name") == images.name and data.get("fingerprint") not in (None, images.fingerprint):
+            found.append(
+                f"{step.get('method', 'an earlier run')} trained this model on other splits or another version of "
+                f"{images.name}; images scored here may be among those it was trained on"
+            )
+    return list(dict.fromkeys(found))
+
+
+def device_of(machine: Machine, verb: str) -> torch.device:
+    """Where to compute. Measurements run in one process and in float32, so that they do not depend on the machine."""
+    if machine.devices != 1:
+        raise ConfigError(
+            f"devices is {machine.devices}, and vitkit {verb} runs in one process", fix="leave devices out"
+        )
+    if machine.precision == "bf16":
+        raise ConfigError(
+            f"precision is bf16, and vitkit {verb} computes features in float32", fix="leave precision out"
+        )
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if machine.accelerator == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if here[name]))
+    if not here[machine.accelerator]:
+        raise ConfigError(
+            f"accelerator is {machine.accelerator}, but torch finds no such device",
+            fix="vitkit doctor says what it finds",
+        )
+    return torch.device(machine.accelerator)
+
+
+def short_name(model: str) -> str:
+    """A model's name without the folders before it."""
+    return model if model.startswith(("hf-hub:", "timm/")) else Path(model.rstrip("/\\")).name or model
+
+
+# ---------------------------------------------------------------- features and files
+
+
+def _features(
+    vit: nn.Module, parts: dict[str, Images], machine: Machine, device: torch.device, cache: Path | None
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """Features of every part, and images a second (None when all came from the cache)."""
+    from vitkit.evaluate.features import features
+
+    found = {}
+    with Counter(sum(map(len, parts.values())), quiet=machine.quiet) as counter:
+        for name, part in parts.items():
+            found[name] = features(
+                vit,
+                part,
+                batch_size=machine.batch_size,
+                workers=worker_count(machine, part),
+                device=device,
+                progress=counter.at(name),
+                cache=cache,
+            )
+    return found, counter.speed
+
+
+class Counter:
+    """Says how extraction goes: a line that is redrawn on a terminal, one every ten seconds elsewhere."""
+
+    def __init__(self, total: int, *, quiet: bool = False, every: float = 10.0):
+        self.total, self.quiet = total, quiet
+        self.live = not quiet and sys.stderr.isatty()
+        self.every = 0.2 if self.live else every
+        self.done, self.before, self.name = 0, 0, ""
+        self.speed: float | None = None
+
+    def __enter__(self) -> Counter:
+        self.began = time.perf_counter()
+        self.next = self.began + min(self.every, 2.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.done and not self.quiet:
+            end = f"features of {self.done:,} images at {self.speed:,.0f} images/s"
+            print(f"\r\033[K{end}" if self.live else end, file=sys.stderr, flush=True)
+
+    def at(self, name: str) -> Any:
+        """The progress callback of one part."""
+        self.name, self.before = name, self.done
+        return self._step
+
+    def _step(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self.done = self.before + done
+        self.speed = self.done / max(now - self.began, 1e-9)
+        if self.quiet or now < self.next:
+            return
+        left = (self.total - self.done) / self.speed
+        pace = f"{self.speed:,.0f} images/s, {left:.0f} s left"
+        line = f"features of {self.name} images: {self.done:,} of {self.total:,}, {pace}"
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.next = now + self.every
+
+
+@contextmanager
+def _home(config: Config, verb: str) -> Iterator[RunFolder | None]:
+    """The folder that `out` names, claimed for these settings; None where nothing is to be written.
+
+    The same settings write it again: features of unchanged data and weights come from its cache.
+    """
+    if not config.own.out:
+        yield None
+        return
+    folder = RunFolder(config.own.out)
+    called = sys.argv[1:2] == [verb] and Path(sys.argv[0]).stem in ("vitkit", "__main__")
+    with folder:
+        folder.claim(config.values, verb, free=FREE, command=main_line() if called else f"vitkit.{verb}(...)")
+        yield folder
+
+
+def write_images(path: Path, images: Images) -> None:
+    """`name,split,label,group`, one row an image in the order of features.npy."""
+    import pandas as pd
+
+    from vitkit.run.gallery import label_text
+
+    frame = pd.DataFrame({"name": images.names, "split": images.split})
+    frame["label"] = [label_text(images, i) for i in range(len(images))]
+    frame["group"] = "" if images.group is None else images.group
+    atomic_write(path, frame.to_csv(index=False))
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    """JSON in one step; numbers that JSON lacks become null."""
+    from vitkit.run.values import plain
+
+    atomic_write(path, json.dumps(plain(content, finite=True), indent=1, ensure_ascii=False) + "\n")
+
+
+def task_of(images: Images) -> Task:
+    return Task(images.task, tuple(images.classes))
+
+
+def known(value: float | None) -> bool:
+    """Whether there is a number."""
+    return value is not None and not math.isnan(value)

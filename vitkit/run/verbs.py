@@ -1,0 +1,269 @@
+"""The verbs as Python functions: `vitkit.adapt("adaptformer", model=..., data=..., out=...)` is the command of those words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vitkit.errors import ConfigError
+from vitkit.run import config as configs
+from vitkit.run import discover
+from vitkit.settings import Classify, Inputs, Machine, Train
+
+if TYPE_CHECKING:
+    from vitkit.run.model import Model, Predictions, Run
+
+# Changing these does not change the result, so a run may be resumed with other values.
+FREE = frozenset({"workers", "quiet", "save_every"})
+PROTOCOLS = ("knn", "linear")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which frozen-feature protocols, and where results go."""
+
+    protocols: tuple[str, ...] = PROTOCOLS
+    """protocols on the cached features: knn, linear"""
+    k: int | Literal["auto"] = "auto"
+    """neighbours of kNN; auto = chosen on validation"""
+    out: str | None = None
+    """folder for the report, predictions and cached features; by default nothing is written"""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Where features go."""
+
+    out: str = "embeddings"
+    """folder to write: features.npy (N, D), images.csv, gallery.html"""
+
+
+def groups_for(verb: str, name: str | None = None) -> tuple[dict[str, type], dict[str, Any]]:
+    """The dataclasses whose fields are a verb's settings, and the method's own defaults for shared ones. Light."""
+    if verb in ("pretrain", "adapt"):
+        settings, recipe = discover.light(verb, name or "")
+        made: dict[str, type] = {"inputs": Inputs, "train": Train, "machine": Machine}
+        if verb == "adapt":
+            made["classify"] = Classify
+        return {**made, "method": settings}, recipe
+    return {"inputs": Inputs, "machine": Machine, "own": {"evaluate": Evaluation, "embed": Embedding}[verb]}, {}
+
+
+def settings_for(verb: str, name: str | None, given: Mapping[str, Any] | Sequence[str]) -> configs.Config:
+    """Resolved settings of `vitkit <verb> [name]` from keywords or command-line words."""
+    groups, recipe = groups_for(verb, name)
+    if verb in ("pretrain", "adapt"):
+        method = discover.find(verb, str(name))
+        description = f"{method.doc.strip()}"
+        required = ("model", "data", "out")
+    else:
+        description, required = verb_doc(verb), ("model", "data")
+    prog = f"vitkit {verb} {name}" if name else f"vitkit {verb}"
+    return configs.build(groups, given, prog=prog, description=description, defaults=recipe, required=required)
+
+
+def pretrain(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
+    """Pre-train a ViT further on images without labels; `vitkit pretrain <method> --help` lists the settings."""
+    return train("pretrain", method, {"model": model, "data": data, "out": out, **settings})
+
+
+def adapt(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
+    """Adapt a ViT to labelled images; `vitkit adapt <method> --help` lists the settings."""
+    return train("adapt", method, {"model": model, "data": data, "out": out, **settings})
+
+
+def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> Run:
+    """Run a training verb; the same settings and folder resume it, and a finished one is returned as it is."""
+    from vitkit.run.folder import RunFolder
+    from vitkit.run.model import Run
+
+    if isinstance(given, Mapping):
+        given = {key: value for key, value in given.items() if value is not None}
+    name = discover.find(verb, method).name
+    config = settings_for(verb, name, given)
+    config = resolve(config)
+    folder = RunFolder(config.train.out)
+    command = configs.main_line() if not isinstance(given, Mapping) else f"vitkit.{verb}({name!r}, ...)"
+    rank = _rank()
+    if rank == 0:
+        state = folder.claim(config.values, f"{verb}.{name}", free=FREE, command=command)
+        if state == "finished":
+            if not config.machine.quiet:
+                _say(f"{folder.path} is finished; nothing to do (report: {folder.path / 'report.html'})")
+            return Run(folder.path)
+    try:
+        from vitkit.run.jobs import run_job
+
+        if rank == 0 and not config.machine.quiet:
+            _say(f"vitkit {verb} {name} -> {folder.path}\n  {configs.show(config, _defaults(verb, name))}")
+        run_job(verb, name, config)
+    finally:
+        folder.release()
+    return Run(folder.path)
+
+
+def resolve(config: configs.Config) -> configs.Config:
+    """Replace the "auto" values that are known before the run starts, so that they are printed and saved."""
+    import os
+    from dataclasses import replace
+
+    import torch
+
+    from vitkit.parts.schedules import scaled_lr
+    from vitkit.run.loop import precision_of
+
+    machine, train = config.machine, config.train
+    accelerator = machine.accelerator
+    if accelerator == "auto":
+        mps = torch.backends.mps.is_available()
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    machine = replace(machine, accelerator=accelerator)
+    machine = replace(machine, precision="bf16" if "bf16" in precision_of(machine) else "32")
+    world = max(machine.devices, int(os.environ.get("WORLD_SIZE", "1")))
+    if train.lr == "auto":
+        train = replace(train, lr=scaled_lr(train.blr, machine.batch_size * train.accumulate * world))
+    groups = {**config.groups, "machine": machine, "train": train}
+    values: dict[str, Any] = {}
+    for group in groups.values():
+        values.update(vars(group))
+    return configs.Config(groups, values)
+
+
+def load(model: str | Path, **settings: Any) -> Model:
+    """A model ready to use: timm name, hub id, weights file or run folder, its head included.
+
+    `load("runs/a").predict("new/")`, `.embed(...)`, `.vit` (a plain timm model), `.passport`. Further keywords are those of
+    `vitkit.weights.load` (arch, pretrained, image_size, in_chans).
+    """
+    from vitkit import weights
+    from vitkit.run.model import Model
+
+    return Model(weights.load(str(model), **{"num_classes": None, **settings}))
+
+
+def predict(
+    run: str | Path, data: Any, *, out: str | None = None, batch_size: int = 64, workers: int = 0
+) -> Predictions:
+    """Class probabilities of a finished adaptation for new images; `out` also writes them as CSV."""
+    model = load(run, say=lambda text: None)
+    found = model.predict(data, batch_size=batch_size, workers=workers)
+    if out:
+        from vitkit.run.files import atomic_write
+
+        atomic_write(out, found.table().to_csv(index=False))
+    return found
+
+
+def evaluate(*, model: Any = None, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Score a frozen backbone on labelled images by kNN and a linear probe on cached features, with intervals.
+
+    Hyper-parameters are chosen on validation images only. Returns {"protocol": {"accuracy" or "mean_auc": value, "low",
+    "high", ...}}; `out` also writes report.html and results.json.
+    """
+    from vitkit.run.measure import evaluate_job
+
+    given = {key: value for key, value in {"model": model, "data": data, **settings}.items() if value is not None}
+    config = settings_for("evaluate", None, given)
+    check_protocols(config.own.protocols)
+    return evaluate_job(config)
+
+
+def check_protocols(names: Sequence[str]) -> None:
+    """Raise ConfigError on a protocol that does not exist."""
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown or not names:
+        wrong = f"there is no protocol '{unknown[0]}'" if unknown else "no protocol was named"
+        raise ConfigError(wrong, fix=f"protocols: {', '.join(PROTOCOLS)}")
+
+
+def embed(*, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Any:
+    """Pooled features (N, D) of every image, written to `out` with a gallery of nearest neighbours; returns the array."""
+    from vitkit.run.measure import embed_job
+
+    given = {"model": model, "data": data, "out": out, **settings}
+    return embed_job(settings_for("embed", None, {key: value for key, value in given.items() if value is not None}))
+
+
+def compare(a: str | Path, b: str | Path, *more: str | Path, out: str | None = None) -> dict[str, Any]:
+    """Compare finished runs: settings that differ, curves side by side, and the paired difference on the same test images.
+
+    Writes an HTML report (`out`, by default compare.html beside run `a`) and returns the figures.
+    """
+    from vitkit.run.measure import compare_job
+
+    return compare_job([Path(a), Path(b), *map(Path, more)], out)
+
+
+def report(run: str | Path) -> Path:
+    """Write (again) the report of a run folder and return its path."""
+    from vitkit.run.folder import RunFolder
+    from vitkit.run.report import run_report
+
+    folder = RunFolder(run)
+    if not folder.is_run():
+        raise ConfigError(f"{run} is not a run folder", fix="give the --out of a vitkit pretrain or adapt")
+    return run_report(folder)
+
+
+def export(run: str | Path, *, format: Literal["safetensors", "onnx"] = "safetensors", out: str | None = None) -> Path:
+    """One file that needs no vitkit: weights merged where the maths allows, with a passport, or an ONNX graph that takes
+    pixels in [0, 1] and holds the preprocessing. Refused unless its outputs equal the model's."""
+    from vitkit.run.exporting import export_onnx, export_safetensors
+
+    makers = {"safetensors": export_safetensors, "onnx": export_onnx}
+    if format not in makers:
+        raise ConfigError(f"there is no export format '{format}'", fix="safetensors or onnx")
+    return makers[format](Path(run), out)
+
+
+def check(data: str | Path, **settings: Any) -> Any:
+    """Look through images and labels before training: broken files, duplicates across splits, leaks, imbalance."""
+    from vitkit.data.doctor import check as look
+
+    return look(str(data), **settings)
+
+
+def methods(verb: str | None = None) -> tuple[discover.Method, ...]:
+    """Every method there is (of one verb), with its summary and paper."""
+    return discover.methods(verb)
+
+
+def doctor() -> list[tuple[str, str, str]]:
+    """What this machine offers: rows of (what, found, advice)."""
+    from vitkit.run.machine import look
+
+    return look()
+
+
+def demo(*, out: str = "runs/demo", seeds: int = 3, quick: bool = False) -> Path:
+    """The main job on bundled handwriting: pre-train, adapt three ways with and without it, measure, report."""
+    from vitkit.run.demo import run
+
+    return run(Path(out), seeds=seeds, quick=quick)
+
+
+def verb_doc(verb: str) -> str:
+    """A verb's docstring."""
+    return (globals()[verb].__doc__ or "").strip()
+
+
+def _defaults(verb: str, name: str) -> dict[str, Any]:
+    groups, _ = groups_for(verb, name)
+    values: dict[str, Any] = {}
+    for kind in groups.values():
+        values.update(configs.defaults_of(kind))
+    return {key: value for key, value in values.items() if key not in ("model", "data", "out")}
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _say(text: str) -> None:
+    import sys
+
+    print(text, file=sys.stderr, flush=True)
