@@ -39,7 +39,7 @@ class Inputs:
     split_seed: int = 0
     """seed of the splits made where the data brings none"""
     val_fraction: float = 0.15
-    """share of the training images cut for validation where the data brings no validation split"""
+    """share cut for validation where the data brings none (of all labelled images, or of a given training split)"""
     test_fraction: float = 0.2
     """share of all images held out for the test where the data brings no test split"""
     labels_per_class: int | None = None

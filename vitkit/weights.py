@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkit.errors import WeightsError
-from vitkit.parts.adapt_tensors import Geometry
+from vitkit.parts.adapt_tensors import Geometry, ViT
 from vitkit.parts.building import apply_step, attach_head, build_trunk, trunk_state
-from vitkit.parts.sources import Report, Source, from_file, from_name, is_path, split_head, without_weights
+from vitkit.parts.named import from_name
+from vitkit.parts.sources import Report, Source, from_file, from_passport, is_path, without_weights
 from vitkit.parts.statefiles import read_state, save_state, sha256_of
 from vitkit.passport import FILE, Passport
 
@@ -66,7 +67,7 @@ def load(
     positions: str | None = None,
     rope: str | None = None,
     say: Say = to_stderr,
-) -> nn.Module:
+) -> ViT:
     """The timm ViT (`VisionTransformer` or `Eva`) that `ref` names, with `.passport`, `.load_report` (what was said)
     and `.extras` (tensors of the file that are not the ViT's: decoder, adapters, prompts). In train mode, as timm's are.
 
@@ -113,7 +114,7 @@ def load(
 
 def save_run(
     folder: str | Path,
-    vit: nn.Module,
+    vit: ViT,
     *,
     trained: Iterable[str] | None = None,
     extras: Mapping[str, Tensor] | None = None,
@@ -172,28 +173,13 @@ def _from_run(folder: Path, drop_path_rate: float, report: Report, seen: frozens
         raise WeightsError(
             f"{folder / MODEL} does not say whether it is whole", fix="load it as a file elsewhere, with --arch"
         )
-    trunk, head = split_head(tensors)
-    source = Source(
-        passport.arch,
-        dict(passport.arch_kwargs),
-        passport.preprocess,
-        {"kind": "run", "ref": str(folder), "load": {}},
-        head=head,
-        extras=extras,
-        positions=passport.feature.positions,
-        rope=passport.feature.rope,
-        licence=passport.licence,
-        classes=passport.classes,
-        task=passport.task,
-        steps=list(passport.steps),
-        lineage=list(passport.lineage),
-    )
+    source = from_passport(passport, tensors, {"kind": "run", "ref": str(folder), "load": {}})
+    source.extras = extras
     if stored == "full":
-        source.state = trunk
         report(f"{folder.name}: a whole model, {len(tensors)} tensors")
         return source
     vit = _rebuilt(folder, passport, drop_path_rate, seen | {folder})
-    own = trunk_state(vit)
+    trunk, own = source.state or {}, trunk_state(vit)
     odd = [name for name, value in trunk.items() if name not in own or own[name].shape != value.shape]
     if odd:
         raise WeightsError(
@@ -206,7 +192,7 @@ def _from_run(folder: Path, drop_path_rate: float, report: Report, seen: frozens
     return source
 
 
-def _rebuilt(folder: Path, passport: Passport, drop_path_rate: float, seen: frozenset[Path]) -> nn.Module:
+def _rebuilt(folder: Path, passport: Passport, drop_path_rate: float, seen: frozenset[Path]) -> ViT:
     """The model that a run trained parts of: its base, unchanged since, with the run's own steps applied."""
     from vitkit.parts.heads import set_pooling
 
@@ -247,9 +233,7 @@ def _base_ref(folder: Path, base: Mapping[str, Any]) -> str:
     )
 
 
-def _load_base(
-    folder: Path, ref: str, base: Mapping[str, Any], drop_path_rate: float, seen: frozenset[Path]
-) -> nn.Module:
+def _load_base(folder: Path, ref: str, base: Mapping[str, Any], drop_path_rate: float, seen: frozenset[Path]) -> ViT:
     asked, seed = dict(base.get("load", {})), base.get("seed")
     geometry = Geometry(asked.pop("image_size", None), asked.pop("in_chans", None), asked.pop("patch_size", None))
     quiet = Report(None)

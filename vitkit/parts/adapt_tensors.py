@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkit.errors import WeightsError
 from vitkit.parts.positions import resample_positions
 from vitkit.passport import Preprocess
+
+ViT = Any  # a timm VisionTransformer or Eva: torch's own types say nothing about a module's attributes
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Geometry:
         asked = {name: getattr(self, name) for name in ("image_size", "in_chans", "patch_size")}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items() if v is not None}
 
-    def changes(self, native: nn.Module) -> dict[str, Any]:
+    def changes(self, native: ViT) -> dict[str, Any]:
         """Constructor keywords that differ from those of `native`. Raises WeightsError for impossible sizes."""
         embed = native.patch_embed
         own_patch = tuple(getattr(embed, "patch_size", None) or ())
@@ -50,11 +52,11 @@ class Geometry:
                     f"patch_size={self.patch_size} with a {type(embed).__name__}, whose patches are not one convolution",
                     fix="keep its patch size",
                 )
-            changed["patch_size"] = list(self.patch_size)
+            changed["patch_size"] = [*self.patch_size]  # type: ignore[misc]
         if self.in_chans is not None and self.in_chans != native.in_chans:
             changed["in_chans"] = self.in_chans
-        size = self.image_size or own_size
-        patch = self.patch_size or own_patch
+        size: tuple[int, ...] = self.image_size or own_size  # type: ignore[assignment]  # made a tuple above
+        patch: tuple[int, ...] = self.patch_size or own_patch  # type: ignore[assignment]
         for pixels, step in zip(size, patch, strict=True) if patch else ():
             if pixels % step:
                 near = max(step, round(pixels / step) * step)
@@ -68,7 +70,7 @@ class Geometry:
 
 
 def adapt_tensors(
-    state: Mapping[str, Tensor], native: nn.Module, target: nn.Module, *, rule: str, say: Callable[[str], None]
+    state: Mapping[str, Tensor], native: ViT, target: ViT, *, rule: str, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """Trunk tensors that fit `native`, made to fit `target` (both may be on the meta device)."""
     state = dict(state)
@@ -76,7 +78,7 @@ def adapt_tensors(
     if native.in_chans != target.in_chans:
         state[conv] = adapt_channels(state[conv], target.in_chans)
         say(_channel_words(native.in_chans, target.in_chans))
-    old_patch, new_patch = (getattr(m.patch_embed, "patch_size", None) for m in (native, target))
+    old_patch, new_patch = (tuple(getattr(m.patch_embed, "patch_size", None) or ()) for m in (native, target))
     if old_patch != new_patch:
         from timm.layers import resample_patch_embed
 
@@ -118,11 +120,11 @@ def adapt_pixels(pixels: Preprocess, channels: int) -> Preprocess:
     own = pixels.in_chans
     if channels == own:
         return pixels
-    if channels == 1:
-        mean, std = (sum(pixels.mean) / own,), (sum(pixels.std) / own,)
-    else:
-        mean, std = (tuple(values[i % own] for i in range(channels)) for values in (pixels.mean, pixels.std))
-    return replace(pixels, mean=mean, std=std, channels="")
+
+    def fit(values: tuple[float, ...]) -> tuple[float, ...]:
+        return (sum(values) / own,) if channels == 1 else tuple(values[i % own] for i in range(channels))
+
+    return replace(pixels, mean=fit(pixels.mean), std=fit(pixels.std), channels="")
 
 
 def _channel_words(own: int, new: int) -> str:
@@ -131,7 +133,7 @@ def _channel_words(own: int, new: int) -> str:
     return f"{own} channels to {new}: patch kernel repeated and scaled by {own}/{new}, mean and std repeated"
 
 
-def _plain(vit: nn.Module) -> bool:
+def _plain(vit: ViT) -> bool:
     from timm.layers import PatchEmbed
 
     return type(vit.patch_embed) is PatchEmbed

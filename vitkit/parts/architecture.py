@@ -166,9 +166,7 @@ def nearest_arch(found: Mapping[str, Any]) -> str | None:
     return None
 
 
-def build(
-    arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, meta: bool = False, **more: Any
-) -> nn.Module:
+def build(arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, meta: bool = False, **more: Any) -> Any:
     """A timm model without a head, of a timm name or bare class, ready for any image size; `meta`: shapes only.
 
     Randomly initialised from torch's global generator. Raises WeightsError for names, classes and keywords that do not
@@ -176,7 +174,12 @@ def build(
     """
     import timm
 
-    ready = {"dynamic_img_size": True, "patch_drop_rate": 0.0, "drop_path_rate": drop_path_rate, "num_classes": 0}
+    ready: dict[str, Any] = {
+        "dynamic_img_size": True,
+        "patch_drop_rate": 0.0,
+        "drop_path_rate": drop_path_rate,
+        "num_classes": 0,
+    }
     ready |= constructor(arch, kwargs) | more
     with torch.device("meta") if meta else torch.device("cpu"):
         try:
@@ -215,7 +218,7 @@ def constructor(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """JSON keywords to what timm's constructors take."""
     from timm.layers import LayerNorm, SwiGLUPacked
 
-    ready = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    ready: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
     eps = ready.pop("norm_eps", None)
     if eps is not None:
         ready["norm_layer"] = partial(LayerNorm, eps=float(eps))

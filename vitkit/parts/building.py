@@ -6,49 +6,49 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from vitkit.errors import WeightsError
 from vitkit.parts import architecture
-from vitkit.parts.adapt_tensors import Geometry, adapt_pixels, adapt_tensors
+from vitkit.parts.adapt_tensors import Geometry, ViT, adapt_pixels, adapt_tensors
 from vitkit.parts.sources import HEADS, Report, Source, split_head
 from vitkit.parts.statefiles import sha256_of
 from vitkit.passport import Feature, Passport
 
 
-def trunk_state(vit: nn.Module) -> dict[str, Tensor]:
+def trunk_state(vit: ViT) -> dict[str, Tensor]:
     """The state dict without the classifier head: what a passport's hash covers, before any adaptation."""
     return split_head(vit.state_dict())[0]
 
 
-def build_trunk(source: Source, geometry: Geometry, drop_path_rate: float, report: Report) -> nn.Module:
+def build_trunk(source: Source, geometry: Geometry, drop_path_rate: float, report: Report) -> ViT:
     """The trunk of `source` with the asked geometry, its steps applied, and its passport on it."""
-    native = architecture.build(source.arch, source.kwargs, meta=True)
+    native = source.native if source.native is not None else architecture.build(source.arch, source.kwargs, meta=True)
     changed = geometry.changes(native)
     kwargs, state = {**source.kwargs, **changed}, source.state
     if changed and state is not None:
         target = architecture.build(source.arch, kwargs, meta=True)
         state = adapt_tensors(state, native, target, rule=source.positions, say=report)
+        native = target
     if source.ready is not None and not changed:
         vit = source.ready
     elif state is None:
         vit = architecture.build(source.arch, kwargs, drop_path_rate=drop_path_rate)
     else:
-        vit = _filled(source, kwargs, state, drop_path_rate, report)
+        if drop_path_rate:
+            native = architecture.build(source.arch, kwargs, drop_path_rate=drop_path_rate, meta=True)
+        vit = _filled(source, native, kwargs, state, drop_path_rate, report)
     if source.rope == "bfloat16":
         _round_periods(vit, report)
     pixels = adapt_pixels(source.preprocess, vit.in_chans)
     pixels = replace(pixels, image_size=tuple(kwargs.get("img_size", pixels.image_size)))
     asked = {**source.base.get("load", {}), **geometry.given()}
     asked |= {"positions": source.positions, "rope": source.rope}
-    base = {
-        "kind": source.base["kind"],
-        "ref": source.base["ref"],
-        "sha256": sha256_of(trunk_state(vit)),
-        "load": asked,
-    }
+    # The hash is of the numbers before they were adapted: resampling differs in its last bits between machines.
+    digest = sha256_of(trunk_state(vit) if source.state is None else source.state)
+    base = {"kind": source.base["kind"], "ref": source.base["ref"], "sha256": digest, "load": asked}
     vit.passport = Passport(
         source.arch,
         kwargs,
@@ -63,13 +63,13 @@ def build_trunk(source: Source, geometry: Geometry, drop_path_rate: float, repor
 
 
 def _filled(
-    source: Source, kwargs: Mapping[str, Any], state: dict[str, Tensor], drop_path_rate: float, report: Report
-) -> nn.Module:
-    """A model holding `state` exactly. A VisionTransformer whose every tensor is given is never initialised first,
-    which is most of the time that building one takes; others have tables that only a real construction computes."""
+    source: Source, vit: ViT, kwargs: Mapping[str, Any], state: dict[str, Tensor], drop_path_rate: float, report: Report
+) -> ViT:
+    """A model holding `state` exactly, made of `vit` on the meta device. A VisionTransformer whose every tensor is given
+    is never initialised first, which is most of the time that building one takes; others have tables that only a real
+    construction computes."""
     from timm.models.vision_transformer import VisionTransformer
 
-    vit = architecture.build(source.arch, kwargs, drop_path_rate=drop_path_rate, meta=True)
     own = vit.state_dict()
     given = {name: state[name].clone() for name in own if name in state and state[name].shape == own[name].shape}
     if isinstance(vit, VisionTransformer) and len(given) == len(own):
@@ -82,7 +82,7 @@ def _filled(
     return vit
 
 
-def _fill(vit: nn.Module, state: Mapping[str, Tensor], source: Source, report: Report) -> None:
+def _fill(vit: ViT, state: Mapping[str, Tensor], source: Source, report: Report) -> None:
     """Copy `state` into `vit`; every tensor must land and every tensor of the trunk must be given."""
     own = trunk_state(vit)
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -115,13 +115,13 @@ def _nearest(state: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def _feature(vit: nn.Module, source: Source) -> Feature:
+def _feature(vit: ViT, source: Source) -> Feature:
     """What timm's `forward_head` pools, and which norm made it."""
     norms = [name for name in ("fc_norm", "norm") if not isinstance(getattr(vit, name, nn.Identity()), nn.Identity)]
     return Feature(vit.global_pool, norms[0] if norms else "none", source.positions, source.rope)
 
 
-def _round_periods(vit: nn.Module, report: Report) -> None:
+def _round_periods(vit: ViT, report: Report) -> None:
     periods = getattr(getattr(vit, "rope", None), "periods", None)
     if periods is None:
         raise WeightsError("rope='bfloat16' for a model without rotary periods", fix="leave rope out")
@@ -129,17 +129,19 @@ def _round_periods(vit: nn.Module, report: Report) -> None:
     report("rotary periods are rounded to bfloat16, as DINOv3's authors keep them")
 
 
-def attach_head(vit: nn.Module, head: Mapping[str, Tensor], num_classes: int | None, report: Report) -> bool:
+def attach_head(vit: ViT, head: Mapping[str, Tensor], num_classes: int | None, report: Report) -> bool:
     """Give `vit` its classifier; True when it is the file's own."""
     from vitkit.parts.heads import install_head
 
-    kind = "bn_linear" if {"head.0.running_mean", "head.1.weight"} <= set(head) else "linear"
+    kind: Literal["bn_linear", "linear"] = (
+        "bn_linear" if {"head.0.running_mean", "head.1.weight"} <= set(head) else "linear"
+    )
     weight = head.get("head.1.weight" if kind == "bn_linear" else "head.weight")
     own = weight.shape[0] if weight is not None else 0
     if head and weight is None:
         report(f"a head of unknown form ({_some(sorted(head))}) is left out")
     wanted = own if num_classes is None else num_classes
-    if wanted == 0 or wanted != own:
+    if weight is None or wanted == 0 or wanted != own:
         if own:
             report(f"the head of {own} classes ({len(head)} tensors) is left out")
         if wanted:
@@ -170,7 +172,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def apply_step(vit: nn.Module, step: Mapping[str, Any]) -> nn.Module:
+def apply_step(vit: ViT, step: Mapping[str, Any]) -> ViT:
     """`vit` changed by one entry of a passport's steps, {"method": "adapt.lora", "settings": {...}}: the method's own
     `inject` with its `Settings`."""
     method = str(step.get("method"))

@@ -31,7 +31,14 @@ _SYNONYMS = {
 }
 _PIXELS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 # Kept for callers (a decoder's heads are not in its shapes); they say nothing about the trunk.
-_OTHER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "num_classes")
+_OTHER: tuple[str, ...] = (
+    "decoder_embed_dim",
+    "decoder_depth",
+    "decoder_num_heads",
+    "norm_pix_loss",
+    "mask_ratio",
+    "num_classes",
+)
 _OTHER += ("classes", "task", "licence")
 _EXTRA_KEYS = ("norm_eps", "mlp_layer", "act_layer")
 
@@ -123,17 +130,13 @@ def zoo_model(name: str) -> dict[str, Any] | None:
     if found and found[1] in _ZOO:
         width, depth, heads = _ZOO[found[1]]
         decoder = {"decoder_embed_dim": int(found[3] or 512), "decoder_depth": int(found[4] or 8)}
-        patch = [int(found[2])] * 2
-        return (
-            {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch}
-            | decoder
-            | {"decoder_num_heads": 16}
-        )
+        trunk = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": [int(found[2])] * 2}
+        return trunk | decoder | {"decoder_num_heads": 16}
     found = re.fullmatch(r"(?:vit|deit)_(\w+?)(?:_patch(\d+))?", name)
     if found and found[1] in _ZOO:
         width, depth, heads = _ZOO[found[1]]
-        patch = {"patch_size": [int(found[2])] * 2} if found[2] else {}
-        return {"embed_dim": width, "depth": depth, "num_heads": heads} | patch
+        trunk = {"embed_dim": width, "depth": depth, "num_heads": heads}
+        return trunk | ({"patch_size": [int(found[2])] * 2} if found[2] else {})
     return None
 
 

@@ -1,7 +1,7 @@
-"""Finding the numbers that a name of weights stands for: timm models, hub ids, weight files.
+"""What a weight file stands for: a `Source`, a native architecture and tensors that fit it exactly.
 
-Each function gives a `Source`: a native architecture and tensors that fit it exactly. Adapting it to another input and
-building the model is `vitkit.weights`'s part, as are run folders, which need a whole model to start from.
+Names are `vitkit.parts.named`'s part; adapting and building the model is `vitkit.parts.building`'s; run folders, which
+need a whole model to start from, are `vitkit.weights`'s.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkit import layouts
 from vitkit.errors import WeightsError, nearest
 from vitkit.layouts import ANCHOR, Reading
 from vitkit.parts import architecture, configs
-from vitkit.parts.adapt_tensors import adapt_pixels
+from vitkit.parts.adapt_tensors import ViT, adapt_pixels
 from vitkit.parts.configs import BARE, Said
 from vitkit.parts.positions import square_grid
 from vitkit.parts.statefiles import read_state
@@ -61,7 +61,8 @@ class Source:
     task: str | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
-    ready: nn.Module | None = None  # a finished trunk, used when nothing has to be adapted
+    native: ViT | None = None  # `arch` with `kwargs` on the meta device, where it has been built already
+    ready: ViT | None = None  # a finished trunk, used when nothing has to be adapted
 
 
 def is_path(ref: str | Path) -> bool:
@@ -78,115 +79,13 @@ def split_head(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return {name: value for name, value in tensors.items() if name not in head}, head
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
-
-
-def from_name(
-    ref: str, arch_kwargs: Mapping[str, Any] | None, *, pretrained: bool, drop_path_rate: float, report: Report
-) -> Source:
-    """A timm name (with its tag), a hub id, or a bare class with `arch_kwargs`."""
-    said = configs.parse_config(arch_kwargs or {}, "arch_kwargs", strict=True)
-    name, kwargs, hub = ref.removeprefix("timm/"), said.kwargs, ref.startswith(HUB)
-    if name in BARE:
-        if pretrained:
-            raise WeightsError(
-                f"{name} is a bare class and has no pre-trained weights", fix="pretrained=False (--pretrained false)"
-            )
-        return _random(name, name, kwargs, said.pixels, None, report)
-    if hub:
-        arch, cfg, own = _hub_config(name)
-        kwargs = {**own, **kwargs}
-    else:
-        arch, cfg = name.split(".")[0], _timm_config(name)
-    if "dinov3" in arch and "global_pool" not in kwargs:
-        kwargs = {**kwargs, "global_pool": "token"}
-        report("DINOv3: the feature is the class token, as upstream; timm's own default is the average of the patches")
-    pixels = {k: cfg[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if cfg.get(k) is not None}
-    pixels |= said.pixels
-    plan = architecture.build(arch, kwargs, meta=True)  # refuses what is no ViT before anything is downloaded
-    if not pretrained:
-        return _random(name, arch, kwargs, pixels, None, report)
-    native = _download(name, arch, kwargs, drop_path_rate)
-    state, head = split_head({key: value.detach() for key, value in native.state_dict().items()})
-    native.reset_classifier(0)
-    licence = cfg.get("license")
-    report(f"{name}: pre-trained weights from timm" + (f", licence {licence}" if licence else ""))
-    base = {"kind": "timm", "ref": name, "load": {"arch_kwargs": kwargs}}
-    prepared = _preprocess(pixels, plan, report)
-    return Source(arch, kwargs, prepared, base, state=state, head=head, licence=licence, ready=native)
-
-
-def _random(
-    ref: str, arch: str, kwargs: dict[str, Any], pixels: Mapping[str, Any], licence: str | None, report: Report
-) -> Source:
-    report(f"{ref}: random weights")
-    plan = architecture.build(arch, kwargs, meta=True)
-    base = {"kind": "random", "ref": ref, "load": {"arch_kwargs": kwargs, "pretrained": False}}
-    return Source(arch, kwargs, _preprocess(pixels, plan, report), base, licence=licence)
-
-
-def _timm_config(name: str) -> dict[str, Any]:
-    import timm
-
-    arch, _, tag = name.partition(".")
-    if not timm.is_model(arch):
-        close = nearest(arch, timm.list_models())
-        raise WeightsError(
-            f"{name!r} is neither a file nor a model that timm knows",
-            fix=f"did you mean {', '.join(close)}?" if close else "timm.list_models('vit*') lists the names",
-        )
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        cfg = None
-    if cfg is None and tag:
-        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
-        raise WeightsError(f"timm has no weights {tag!r} of {arch}", fix=f"its tags: {', '.join(tags) or 'none'}")
-    return {} if cfg is None else cfg.to_dict()
-
-
-def _hub_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    from timm.models import load_model_config_from_hf
-
-    try:
-        cfg, arch, model_args = load_model_config_from_hf(name.partition(":")[2])
-    except Exception as error:  # offline, unknown repository, no timm config: hub libraries raise a dozen kinds
-        raise _not_fetched(name, error) from error
-    return arch, dict(cfg), configs.parse_config(model_args or {}, f"the config of {name}").kwargs
-
-
-def _download(name: str, arch: str, kwargs: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
-    import timm
-
-    if not name.startswith(HUB) and not timm.list_pretrained([arch, f"{arch}.*"]):
-        raise WeightsError(f"timm has no pre-trained weights of {name}", fix="pretrained=False for random weights")
-    ready = architecture.constructor(arch, kwargs)
-    ready |= {"dynamic_img_size": True, "patch_drop_rate": 0.0, "drop_path_rate": drop_path_rate}
-    try:
-        return timm.create_model(name, pretrained=True, **ready)
-    except Exception as error:
-        raise _not_fetched(name, error) from error
-
-
-def _not_fetched(name: str, error: Exception) -> WeightsError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-    return WeightsError(
-        f"the pre-trained weights of {name} could not be loaded ({type(error).__name__}: {first}); "
-        "nothing was substituted for them",
-        fix="connect to the network, or name a weight file, or pretrained=False (--pretrained false) for random weights",
-    )
-
-
-def _preprocess(pixels: Mapping[str, Any], native: nn.Module, report: Report) -> Preprocess:
+def preprocess_of(pixels: Mapping[str, Any], native: ViT, report: Report) -> Preprocess:
     """Preprocessing as recorded; where nothing is, ImageNet's mean and std, and that is said."""
     known = {key: value for key, value in pixels.items() if key != "image_size"}
     if "mean" not in known or "std" not in known:
         known |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         report("no preprocessing is recorded: ImageNet mean and std are assumed")
     return adapt_pixels(Preprocess(image_size=tuple(native.patch_embed.img_size), **known), native.in_chans)
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
 
 
 def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None, report: Report) -> Source:
@@ -202,6 +101,10 @@ def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | Non
             f"{path} holds only the trained part of a run, and the run's passport.json is not beside it",
             fix="name the run folder",
         )
+    if meta.get("vitkit") == "full" and isinstance(meta.get("passport"), Mapping) and arch is None and not arch_kwargs:
+        passport = Passport.from_dict(dict(meta["passport"]), where=f"the passport in {path}")
+        report(f"{path.name}: a whole model with its passport, {len(tensors)} tensors")
+        return from_passport(passport, tensors, {"kind": "file", "ref": str(path.resolve()), "load": {}})
     if meta["left"]:
         report(f"{path.name}: read '{meta['container']}', left {', '.join(repr(key) for key in meta['left'])}")
     said = _said(path, meta, arch, arch_kwargs)
@@ -217,10 +120,32 @@ def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | Non
     named, kwargs = _resolve(said, reading, report)
     plan = architecture.build(named, kwargs, meta=True)
     base = {"kind": "file", "ref": str(path.resolve()), "load": {"arch": named, "arch_kwargs": kwargs}}
-    source = Source(named, kwargs, _preprocess(said.pixels, plan, report), base, state=reading.vit, head=reading.head)
+    source = Source(named, kwargs, preprocess_of(said.pixels, plan, report), base, state=reading.vit, head=reading.head)
+    source.native = plan
     positions = said.other.get("positions") or ("timm" if said.timm else reading.positions)
-    known = {key: said.other.get(key) for key in ("licence", "classes", "task")}
-    return replace(source, extras=reading.extras, positions=positions, rope=said.other.get("rope", "float32"), **known)
+    source.extras, source.positions, source.rope = reading.extras, positions, said.other.get("rope", "float32")
+    source.licence, source.classes, source.task = (said.other.get(key) for key in ("licence", "classes", "task"))
+    return source
+
+
+def from_passport(passport: Passport, tensors: Mapping[str, Tensor], base: dict[str, Any]) -> Source:
+    """A whole model as vitkit saved it: `tensors` fit what the passport says, steps included."""
+    trunk, head = split_head(tensors)
+    return Source(
+        passport.arch,
+        dict(passport.arch_kwargs),
+        passport.preprocess,
+        base,
+        state=trunk,
+        head=head,
+        positions=passport.feature.positions,
+        rope=passport.feature.rope,
+        licence=passport.licence,
+        classes=passport.classes,
+        task=passport.task,
+        steps=list(passport.steps),
+        lineage=list(passport.lineage),
+    )
 
 
 def without_weights(source: Source, report: Report) -> Source:
@@ -277,7 +202,7 @@ def _said(path: Path, meta: Mapping[str, Any], arch: str | None, arch_kwargs: Ma
 def _own_words(meta: Mapping[str, Any]) -> list[Said]:
     found = []
     if isinstance(meta.get("passport"), Mapping):
-        found.append(_from_passport(Passport.from_dict(meta["passport"], where="the file's own passport")))
+        found.append(_passport_words(Passport.from_dict(meta["passport"], where="the file's own passport")))
     if isinstance(meta.get("config"), Mapping):
         found.append(configs.parse_config(meta["config"], "the file's own config"))
     args = meta["args"] if isinstance(meta.get("args"), Mapping) else {}
@@ -299,15 +224,15 @@ def _config_beside(path: Path) -> list[Said]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{config} is not a mapping", fix="correct it, or move it away")
     if {"format", "preprocess"} <= set(content):
-        return [_from_passport(Passport.from_dict(dict(content), where=str(config)))]
+        return [_passport_words(Passport.from_dict(dict(content), where=str(config)))]
     return [configs.parse_config(content, str(config))]
 
 
-def _from_passport(passport: Passport) -> Said:
+def _passport_words(passport: Passport) -> Said:
     prepared = passport.preprocess
     pixels = {key: getattr(prepared, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    other = {"positions": passport.feature.positions, "rope": passport.feature.rope, "task": passport.task}
-    other |= {"licence": passport.licence, "classes": passport.classes}
+    other: dict[str, Any] = {"positions": passport.feature.positions, "rope": passport.feature.rope}
+    other |= {"licence": passport.licence, "classes": passport.classes, "task": passport.task}
     return Said("its passport", passport.arch, dict(passport.arch_kwargs), pixels, other)
 
 
@@ -325,7 +250,7 @@ def _to_float32(reading: Reading) -> list[str]:
 def _resolve(said: Said, reading: Reading, report: Report) -> tuple[str, dict[str, Any]]:
     """The architecture (timm name or bare class) and keywords that the file's tensors fit natively."""
     if said.arch is not None and said.arch not in BARE:
-        return said.arch.split(".")[0], _fit_named(said, reading, report)
+        return said.arch.split(".")[0], _fit_named(said.arch, said, reading, report)
     if said.arch == "Eva":
         return "Eva", said.kwargs
     found = architecture.facts(reading, said.kwargs)
@@ -367,11 +292,11 @@ def _require_agreement(found: Mapping[str, Any], said: Said) -> None:
         )
 
 
-def _fit_named(said: Said, reading: Reading, report: Report) -> dict[str, Any]:
+def _fit_named(arch: str, said: Said, reading: Reading, report: Report) -> dict[str, Any]:
     """Keywords that make a named architecture native to the file: its channels, grid and pooling."""
     kwargs, vit = dict(said.kwargs), reading.vit
-    plan = architecture.build(said.arch, kwargs, meta=True)
-    report(f"architecture: {said.arch}, from {said.where}")
+    plan = architecture.build(arch, kwargs, meta=True)
+    report(f"architecture: {arch}, from {said.where}")
     stem, own = vit[ANCHOR], plan.state_dict().get(ANCHOR)
     if own is not None and stem.ndim == own.ndim and stem.shape[1] != own.shape[1] and stem.shape[0] == own.shape[0]:
         kwargs["in_chans"] = stem.shape[1]

@@ -75,7 +75,7 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         if value.numel():
-            digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -241,20 +241,22 @@ def _imports(stream: bytes) -> Iterator[str]:
     """'module.name' of every import opcode in a run of pickles, as far as they can be parsed."""
     position = 0
     while position < len(stream):
-        end, top, strings, memo = position, None, [], {}
+        end, top = position, None
+        strings: list[str] = []
+        memo: dict[int, Any] = {}
         try:
             for opcode, argument, at in pickletools.genops(stream[position:]):
-                end = position + at + 1
+                end = position + (at or 0) + 1
                 if opcode.name in ("GLOBAL", "INST"):
                     yield ".".join(str(argument).split(" "))
                 elif opcode.name == "STACK_GLOBAL":
                     yield ".".join(strings[-2:])
                 elif opcode.name.endswith("PUT"):
-                    memo[int(argument)] = top
+                    memo[int(argument or 0)] = top
                 elif opcode.name == "MEMOIZE":
                     memo[len(memo)] = top
                 else:
-                    top = memo.get(int(argument)) if opcode.name.endswith("GET") else argument
+                    top = memo.get(int(argument or 0)) if opcode.name.endswith("GET") else argument
                     if isinstance(top, str):
                         strings.append(top)
         except Exception:

@@ -1,0 +1,208 @@
+"""The contract of every method on every ViT family it claims: found by discovery, so a new method is tested unasked."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from vitkit import tokens
+from vitkit.errors import ConfigError
+from vitkit.run import discover
+from vitkit.settings import Classify, Task
+
+from .test_tokens import FAMILIES, close, images, make
+
+TASK = Task("single", ("a", "b", "c"))
+METHODS = [(m.verb, m.name) for m in discover.methods() if m.verb != "evaluate"]
+ADAPTATIONS = [name for verb, name in METHODS if verb == "adapt"]
+IDENTICAL_AT_START = {"adaptformer", "bitfit", "full", "linear", "lora"}  # VPT's prompts are read from the first step on
+
+
+def small_settings(module):
+    """The method's settings, shrunk where its defaults are sized for real models."""
+    small = {"bottleneck": 4, "decoder_dim": 16, "decoder_heads": 2, "rank": 2, "dropout": 0.0, "mask_ratio": 0.5}
+    names = module.Settings.__dataclass_fields__
+    return module.Settings(**{key: value for key, value in small.items() if key in names})
+
+
+def build(verb: str, name: str, vit, **classify):
+    module = discover.load(verb, name)
+    kind = discover.method_class(module)
+    if kind.needs_labels:
+        return kind(vit, small_settings(module), task=TASK, classify=Classify(**{"head": "linear", **classify}))
+    return kind(vit, small_settings(module))
+
+
+def batch(size=(64, 64), count=4):
+    return {"image": images(size, count), "label": torch.arange(count) % 3, "seed": torch.arange(count)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("verb,name", METHODS)
+def test_gradients_reach_every_trainable_parameter_and_only_those(verb, name, family):
+    torch.manual_seed(0)
+    method = build(verb, name, make(family)).train()
+    for module in method.modules():  # a fresh head starts at (nearly) zero and would hide the trunk's gradients
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    for size in ((64, 64), (64, 96)):
+        out = method(batch(size))
+        assert out["loss"].ndim == 0 and torch.isfinite(out["loss"])
+        out["loss"].backward()
+    trainable = {n for n, p in method.named_parameters() if p.requires_grad}
+    reached = {n for n, p in method.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+    # A method that reads tokens, not the pooled feature, has no use for what pools them.
+    pooling = () if method.needs_labels else ("vit.head", "vit.fc_norm", "vit.attn_pool")
+    unreached = {n for n in trainable - reached if not n.startswith(pooling)} if pooling else trainable - reached
+    assert not unreached, f"no gradient: {sorted(unreached)}"
+    assert {n for n, p in method.named_parameters() if p.grad is not None} <= trainable
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_adapting_changes_no_loaded_weight_and_no_output(name, family):
+    vit, x = make(family), images((64, 96))
+    with torch.no_grad():
+        want = tokens.encode(vit, x).all
+    before = {key: value.clone() for key, value in vit.state_dict().items() if not key.startswith("head")}
+    method = build("adapt", name, vit).eval()
+    assert method.finish() is vit
+    after = dict(vit.state_dict())
+    if name != "lora":  # peft renames the layers it wraps
+        assert before.keys() <= after.keys() | {"head_dist.weight", "head_dist.bias"}
+        assert all(torch.equal(after[key], value) for key, value in before.items() if key in after)
+    if name in IDENTICAL_AT_START:
+        with torch.no_grad():
+            got = tokens.encode(vit, x).all
+        # EVA's separate biases are moved into the layer for LoRA: the same sum in another order.
+        assert close(got, want, 1e-6 if name == "lora" else 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_what_trained_is_enough_to_restore(name, family):
+    """One real step, then: frozen weights bit-identical; trained tensors alone on a fresh copy give equal logits."""
+    from vitkit.run.loop import _load_trained, trained_state
+
+    method = build("adapt", name, make(family), head="bn_linear").train()
+    frozen = {n: p.clone() for n, p in method.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    method(batch())["loss"].backward()
+    optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in method.named_parameters() if n in frozen)
+    again = build("adapt", name, make(family), head="bn_linear")
+    _load_trained(again, trained_state(method))
+    x = images((64, 96))
+    assert torch.equal(method.eval().predict(x), again.eval().predict(x))
+
+
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_multi_label_loss_ignores_unknown_labels(name):
+    module = discover.load("adapt", name)
+    method = discover.method_class(module)(make("plain"), small_settings(module), task=Task("multi", ("a", "b", "c")))
+    labels = torch.tensor([[1.0, 0.0, float("nan")], [0.0, float("nan"), 1.0]])
+    out = method.eval()({"image": images((64, 64)), "label": labels})
+    known = ~labels.isnan()
+    want = torch.nn.functional.binary_cross_entropy_with_logits(out["logits"][known], labels[known])
+    assert torch.allclose(out["loss"], want)
+    assert bool((method.predict(images((64, 64))) <= 1).all())
+
+
+@pytest.mark.parametrize("verb,name", METHODS)
+def test_copies_and_grad_checkpointing_give_the_same_numbers(verb, name):
+    method = build(verb, name, make("dinov3")).eval()
+    twin = copy.deepcopy(method)
+    loss = method(batch())["loss"]
+    assert torch.equal(loss, twin(batch())["loss"])
+    twin.vit.set_grad_checkpointing()
+    again = twin.train(method.training)(batch())["loss"]
+    again.backward()
+    assert torch.allclose(loss, again)
+
+
+@pytest.mark.parametrize("family", ["plain", "dinov3", "dinov2_registers", "no_class_token"])
+def test_adapters_compose_in_every_order(family):
+    """AdaptFormer, prompts and LoRA on one trunk: all orders agree exactly, and all still answer `tokens.encode`."""
+    from vitkit.adapt import adaptformer, lora, vpt
+
+    parts = {
+        "adapter": (adaptformer, adaptformer.Settings(bottleneck=4, dropout=0.0)),
+        "prompts": (vpt, vpt.Settings(prompts=2)),
+        "lora": (lora, lora.Settings(rank=2)),
+    }
+    x, results = images((64, 96)), []
+    for order in itertools.permutations(parts):
+        vit = make(family)
+        for key in order:
+            module, settings = parts[key]
+            module.inject(vit, settings)
+        with torch.no_grad():
+            for name, parameter in sorted(vit.named_parameters()):
+                if any(mark in name for mark in ("adaptmlp", "prompts", "lora_")):
+                    generator = torch.Generator().manual_seed(sum(name.encode()))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            results.append(tokens.encode(vit, x).all)
+            maps = tokens.attention_maps(vit, x)[0]
+            assert maps.shape[-1] == results[-1].shape[1] + 2  # the prompts stand in front
+            half = tokens.encode(vit, x, keep=torch.arange(12).expand(2, -1))
+            assert half.patches.shape[1] == 12
+    assert all(torch.equal(one, results[0]) for one in results[1:])
+
+
+def test_the_same_adapter_twice_is_refused():
+    from vitkit.adapt import adaptformer, lora
+
+    vit = adaptformer.inject(make("plain"), adaptformer.Settings(bottleneck=4))
+    with pytest.raises(ConfigError, match="already carries ParallelAdapter"):
+        adaptformer.inject(vit, adaptformer.Settings(bottleneck=4))
+    vit = lora.inject(make("plain"), lora.Settings())
+    with pytest.raises(ConfigError, match="already carries LoRA"):
+        lora.inject(vit, lora.Settings())
+
+
+def test_lora_merges_exactly():
+    from vitkit.adapt import lora
+
+    for family in ("plain", "dinov3_qkvb", "eva02"):
+        vit = lora.inject(make(family), lora.Settings(rank=2))
+        with torch.no_grad():
+            for name, parameter in vit.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+            want = tokens.encode(vit, images((64, 64))).all
+            got = tokens.encode(lora.merge(vit), images((64, 64))).all
+        assert close(got, want, 1e-5)
+        assert not any("lora" in key or "base_layer" in key for key in vit.state_dict())
+
+
+def test_adaptformer_zero_scale_is_the_linear_probe():
+    from vitkit.adapt import adaptformer
+
+    vit, x = make("plain"), images((64, 64))
+    with torch.no_grad():
+        want = tokens.encode(vit, x).all
+        adaptformer.inject(vit, adaptformer.Settings(bottleneck=4, scale=0.0))
+        for block in vit.blocks:
+            block.adaptmlp.up_proj.weight.normal_()
+        assert torch.equal(tokens.encode(vit, x).all, want)
+
+
+def test_adapters_in_chosen_blocks_only():
+    from vitkit.adapt import adaptformer
+
+    vit = adaptformer.inject(make("plain"), adaptformer.Settings(bottleneck=4, layers=(1, -1)))
+    assert [hasattr(block, "adaptmlp") for block in vit.blocks] == [False, True, True]
+    with pytest.raises(ConfigError, match="layers names block 9"):
+        adaptformer.inject(make("plain"), adaptformer.Settings(layers=(9,)))
+
+
+def test_mixup_targets_are_mixed_like_the_images():
+    torch.manual_seed(0)
+    method = build("adapt", "full", make("plain"), mixup=0.8, cutmix=1.0).train()
+    x, y = images((64, 64), 4), torch.tensor([0, 1, 2, 0])
+    mixed, labels = method._mix(x, y)
+    assert mixed.shape == x.shape and torch.allclose(labels.sum(1), torch.ones(4))
+    assert torch.isfinite(method({"image": x, "label": y})["loss"])

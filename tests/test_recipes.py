@@ -1,0 +1,93 @@
+"""Every recipe is accepted by the command that it is written for, so that no key can rot."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitkit.errors import ConfigError
+from vitkit.run import discover, verbs
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FROM_THE_COMMAND_LINE = ("model", "data", "out")
+
+
+def settings(path: Path) -> tuple[dict, dict]:
+    """(the recipe as written, the settings that its command makes of it)."""
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = {key: "x" for key in FROM_THE_COMMAND_LINE if key not in written}
+    config = verbs.settings_for(written["verb"], written["method"], {"config": str(path), **given})
+    return written, config.values
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+
+
+def test_there_are_recipes_at_both_scales():
+    assert len([path for path in RECIPES if path.parent.name == "small"]) >= 3
+    assert len([path for path in RECIPES if path.parent.name == "recipes"]) >= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_every_key_is_a_setting_and_every_value_arrives(path):
+    written, values = settings(path)
+    assert discover.find(written.pop("verb"), written.pop("method"))
+    for key, value in written.items():
+        arrived = list(values[key]) if isinstance(values[key], tuple) else values[key]
+        assert arrived == value, f"{key}: {value} in the file, {arrived} in the run"
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "recipes"], ids=name)
+def test_full_scale_recipes_cite_a_source_for_every_value(path):
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"arXiv \d{4}\.\d{5}", text) and "commit" in text
+    for line in text.splitlines():
+        if not line.startswith(("#", "verb:", "method:")):
+            assert re.search(r"\S +# \S", line), f"no source: {line}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_the_command_in_the_header_is_the_recipes_own(path):
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    command = f"vitkit {written['verb']} {written['method']} --config recipes/{name(path)}.yaml"
+    assert command in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_learning_rate_and_batch_are_the_papers(path):
+    """The rate at full scale follows from the recipe alone: blr x images a step / 256."""
+    expected = {  # images a step, learning rate
+        "thorax_mae_pretrain_vit_s": (2048, 1.2e-3),
+        "thorax_mae_pretrain_vit_b": (2048, 1.2e-3),
+        "thorax_mae_finetune_nih": (1024, 1e-3),
+        "mae_pretrain_vit_b": (4096, 2.4e-3),
+        "adaptformer_cifar100_vit_b": (1024, 0.4),
+        "vpt_cifar100_vit_b": (1024, 0.4),
+        "linear_cifar100_vit_b": (1024, 0.4),
+    }
+    if path.parent.name == "small":
+        pytest.skip("small recipes state lr itself")
+    _, values = settings(path)
+    images = values["batch_size"] * values["devices"] * values["accumulate"]
+    assert values["lr"] == "auto"
+    assert (images, pytest.approx(values["blr"] * images / 256)) == expected[path.stem]
+
+
+def test_a_wrong_key_is_refused(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("verb: adapt\nmethod: adaptformer\nbottelneck: 8\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bottelneck.*\n.*bottleneck"):
+        settings(path)
+
+
+def test_small_recipes_need_no_download():
+    for path in RECIPES:
+        if path.parent.name == "small":
+            _, values = settings(path)
+            assert values["data"] == "digits"
+            assert values["pretrained"] is False or str(values["model"]).startswith("runs/")
