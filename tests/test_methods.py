@@ -18,7 +18,13 @@ from .test_tokens import FAMILIES, close, images, make
 TASK = Task("single", ("a", "b", "c"))
 METHODS = [(m.verb, m.name) for m in discover.methods() if m.verb != "evaluate"]
 ADAPTATIONS = [name for verb, name in METHODS if verb == "adapt"]
-IDENTICAL_AT_START = {"adaptformer", "bitfit", "full", "linear", "lora"}  # VPT's prompts are read from the first step on
+IDENTICAL_AT_START = {
+    "adaptformer",
+    "bitfit",
+    "full",
+    "linear",
+    "lora",
+}  # VPT's prompts are read from the first step on
 
 
 def small_settings(module):

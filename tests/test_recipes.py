@@ -13,6 +13,8 @@ from vitkit.run import discover, verbs
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SMALL = [path for path in RECIPES if path.parent.name == "small"]
+FULL = [path for path in RECIPES if path not in SMALL]
 FROM_THE_COMMAND_LINE = ("model", "data", "out")
 
 
@@ -29,8 +31,7 @@ def name(path: Path) -> str:
 
 
 def test_there_are_recipes_at_both_scales():
-    assert len([path for path in RECIPES if path.parent.name == "small"]) >= 3
-    assert len([path for path in RECIPES if path.parent.name == "recipes"]) >= 6
+    assert len(SMALL) >= 3 and len(FULL) >= 6
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -42,7 +43,7 @@ def test_every_key_is_a_setting_and_every_value_arrives(path):
         assert arrived == value, f"{key}: {value} in the file, {arrived} in the run"
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "recipes"], ids=name)
+@pytest.mark.parametrize("path", FULL, ids=name)
 def test_full_scale_recipes_cite_a_source_for_every_value(path):
     text = path.read_text(encoding="utf-8")
     assert re.search(r"arXiv \d{4}\.\d{5}", text) and "commit" in text
@@ -58,7 +59,7 @@ def test_the_command_in_the_header_is_the_recipes_own(path):
     assert command in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", FULL, ids=name)
 def test_learning_rate_and_batch_are_the_papers(path):
     """The rate at full scale follows from the recipe alone: blr x images a step / 256."""
     expected = {  # images a step, learning rate
@@ -70,8 +71,6 @@ def test_learning_rate_and_batch_are_the_papers(path):
         "vpt_cifar100_vit_b": (1024, 0.4),
         "linear_cifar100_vit_b": (1024, 0.4),
     }
-    if path.parent.name == "small":
-        pytest.skip("small recipes state lr itself")
     _, values = settings(path)
     images = values["batch_size"] * values["devices"] * values["accumulate"]
     assert values["lr"] == "auto"
@@ -85,9 +84,8 @@ def test_a_wrong_key_is_refused(tmp_path):
         settings(path)
 
 
-def test_small_recipes_need_no_download():
-    for path in RECIPES:
-        if path.parent.name == "small":
-            _, values = settings(path)
-            assert values["data"] == "digits"
-            assert values["pretrained"] is False or str(values["model"]).startswith("runs/")
+@pytest.mark.parametrize("path", SMALL, ids=name)
+def test_small_recipes_need_no_download(path):
+    _, values = settings(path)
+    assert values["data"] == "digits"
+    assert values["pretrained"] is False or str(values["model"]).startswith("runs/")

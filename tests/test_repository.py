@@ -332,6 +332,11 @@ def test_markers_that_name_nothing_stop_the_build(hooks, marker):
         hooks.fill(name, words)
 
 
+def test_pictures_are_shown_where_they_exist(hooks):
+    assert hooks.fill("picture", "img/overview.svg | the whole", depth=1) == "![the whole](../img/overview.svg)"
+    assert hooks.fill("picture", "img/nothing.png | not there") == ""
+
+
 def test_committed_results_can_be_read(hooks):
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
         assert hooks.read_result(path)["tables"], path

@@ -36,7 +36,19 @@ if TYPE_CHECKING:
     from vitkit.passport import Passport
     from vitkit.run.model import Model, Run
     from vitkit.run.verbs import (
-        adapt, check, compare, demo, doctor, embed, evaluate, export, load, methods, predict, pretrain, report,
+        adapt,
+        check,
+        compare,
+        demo,
+        doctor,
+        embed,
+        evaluate,
+        export,
+        load,
+        methods,
+        predict,
+        pretrain,
+        report,
     )  # fmt: skip
 
 

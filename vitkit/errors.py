@@ -34,7 +34,9 @@ class MissingExtra(VitkitError):
     """An optional dependency that the asked-for feature needs."""
 
     def __init__(self, package: str, extra: str):
-        super().__init__(f"this needs the package '{package}', which is not installed", fix=f"pip install 'vitkit[{extra}]'")
+        super().__init__(
+            f"this needs the package '{package}', which is not installed", fix=f"pip install 'vitkit[{extra}]'"
+        )
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:

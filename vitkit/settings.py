@@ -30,6 +30,10 @@ class Inputs:
     """pixels of the crop that the model sees; by default the model's own"""
     in_chans: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; by default the model's own"""
+    mean: tuple[float, ...] | None = None
+    """channel means in [0, 1] to subtract, for a model trained from nothing; by default the model's own"""
+    std: tuple[float, ...] | None = None
+    """channel deviations to divide by, for a model trained from nothing; by default the model's own"""
     label_columns: tuple[str, ...] | None = None
     """columns of a table that hold labels; by default recognised and said aloud"""
     image_column: str | None = None

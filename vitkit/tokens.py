@@ -92,7 +92,7 @@ def grid_of(vit: ViT, size: Sequence[int]) -> tuple[int, ...]:
                     f"image size {tuple(size)} is not a multiple of the patch size {tuple(patch)}",
                     fix=f"use a multiple, e.g. {near} instead of {pixels}",
                 )
-    return tuple(embed.dynamic_feat_size(tuple(size)))
+    return tuple(embed.dynamic_feat_size(tuple(size)))  # type: ignore[arg-type]  # volumes have three axes
 
 
 def encode(
@@ -151,8 +151,8 @@ def embed(
         patches = patches if keep is None else _take(patches, keep)
     prefix, positions, rope = _stem(vit, grid, patches)
     if positions is not None:
-        patches = patches + (positions if keep is None else _take(positions.expand(len(images), -1, -1), keep))
-    x = torch.cat([prefix.expand(len(images), -1, -1), patches], dim=1)
+        patches = patches + (positions if keep is None else _take(positions.expand(images.shape[0], -1, -1), keep))
+    x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
     x = vit.norm_pre(vit.pos_drop(x))
     if keep is not None and rope is not None:
         rope = apply_keep_indices_nlc(x, rope, keep)  # (B, ...): one table a sample from here on

@@ -39,7 +39,7 @@ def load(fixture, folder):
         )
         method = adaptformer.AdaptFormer(vit, settings, task=task, classify=classify)
         adaptformer.load_official(method.vit, extras)
-    head = {key: value for key, value in fixture.group("weights.head.").items()}
+    head = fixture.group("weights.head.")
     method.vit.head.load_state_dict(head)
     return method
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_pretraining(path, tmp_path):
     raw = load_mae(fixture, tmp_path, norm_pix_loss=False)
     seen.same("out.loss_pixel", raw(batch)["loss"])
     seen.done()
+
+
+@pytest.mark.parametrize("path", files("thorax_mae.mae"), ids=lambda p: p.stem)
+def test_pretraining_goes_on_with_the_checkpoints_decoder(path, tmp_path):
+    fixture = read(path)
+    method = load_mae(fixture, tmp_path)
+    fresh = MAE(method.vit, method.settings)
+    assert "goes on from the checkpoint" in fresh.adopt(method.vit.extras)
+    assert all(torch.equal(value, fixture["weights." + name]) for name, value in fresh.extras().items())
+    deeper = MAE(method.vit, replace(method.settings, decoder_depth=fixture.config["decoder_depth"] + 1))
+    assert f"decoder_depth={fixture.config['decoder_depth']}" in deeper.adopt(method.vit.extras)
 
 
 def parameter_of(method: MAE, name: str) -> torch.nn.Parameter:

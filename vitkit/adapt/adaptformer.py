@@ -97,12 +97,16 @@ class Adapter(nn.Module):
 class ParallelAdapter(Steps):
     """Block whose output gains Adapter(x1), x1 being the residual stream after attention."""
 
+    adaptmlp: Adapter
+
     def transform(self, x: Tensor) -> Tensor:
         return super().transform(x) + self.adaptmlp(x)
 
 
 class SequentialAdapter(Steps):
     """Block whose MLP branch m becomes m + Adapter(m)."""
+
+    adaptmlp: Adapter
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         branch = super().mlp_branch(x)

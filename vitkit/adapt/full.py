@@ -27,7 +27,7 @@ from vitkit.parts.adaptation import Adaptation
 from vitkit.settings import Classify, Task
 
 RECIPE = {
-    "epochs": 75,  # thorax sheet, table "Recipe"
+    "epochs": 75,  # medical_mae FINETUNE.md, ViT on ChestX-ray14
     "warmup_epochs": 5.0,
     "optimizer": "adamw",
     "blr": 2.5e-4,

@@ -60,7 +60,7 @@ def inject(vit: nn.Module, settings: Settings) -> nn.Module:
     ensure_qkv_layer(vit)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides by it
         lora_dropout=settings.lora_dropout,
         target_modules=list(target_layers(vit) if settings.targets == "auto" else settings.targets),
     )

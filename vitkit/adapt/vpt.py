@@ -54,8 +54,10 @@ class Settings:
 class PromptSteps(Steps):
     """Block that works on its prompts and the tokens, and hands on the tokens alone."""
 
+    prompts: nn.Parameter  # (1, P, D)
+
     def entering(self, x: Tensor) -> Tensor:
-        return super().entering(torch.cat([self.prompts.expand(len(x), -1, -1), x], dim=1))
+        return super().entering(torch.cat([self.prompts.expand(x.shape[0], -1, -1), x], dim=1))
 
     def forward_prompted(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The block's output with its prompts still in front, (B, P + T, D)."""

@@ -86,6 +86,8 @@ def set_pooling(vit: nn.Module, pool: Literal["token", "avg"]) -> None:
     `fc_norm`, while the final `norm` is dropped. "token" reads the class token after `norm`."""
     if vit.global_pool == pool:
         return
+    if isinstance(vit, VisionTransformerDistilled):
+        raise ConfigError("a distilled DeiT always pools its class and distillation tokens", fix="pool=keep")
     if getattr(vit, "attn_pool", None) is not None:
         raise ConfigError("this ViT pools by attention", fix="pool=keep")
     if pool == "token":

@@ -23,10 +23,10 @@ the thorax paper's choice for ViT-S and nearly halves the step).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,14 @@ from vitkit.parts.masking import RandomMask, random_mask, sample_noise
 from vitkit.parts.positions import sincos_2d
 
 RECIPE = {
-    "epochs": 800,  # thorax sheet, table "Recipe"; MAE 800-1600
+    "epochs": 800,  # medical_mae PRETRAIN.md; MAE 800 to 1600
     "warmup_epochs": 40.0,
     "optimizer": "adamw",
     "blr": 1.5e-4,  # x effective batch / 256
     "betas": (0.9, 0.95),
     "weight_decay": 0.05,
     "batch_size": 256,
-    "crop_scale": (0.5, 1.0),  # thorax; MAE uses (0.2, 1.0)
+    "crop_scale": (0.5, 1.0),  # medical_mae PRETRAIN.md; MAE uses (0.2, 1.0)
 }
 
 
@@ -158,10 +158,11 @@ class MAE(nn.Module):
     def baselines(self, train: Iterable[Tensor], test: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The same loss on batches `test` for two predictions without understanding: the per-position mean over images
         `train` (normalised, one size) and, for each image, the mean of its visible patches."""
-        size, total, count = self.vit.patch_embed.patch_size, 0.0, 0
+        size, count = self.vit.patch_embed.patch_size, 0
+        total = torch.zeros(())
         for images in train:
             everything = torch.arange(_product(tokens.grid_of(self.vit, images.shape[2:])), device=images.device)
-            total = total + self.target(images, everything.expand(len(images), -1)).sum(0)
+            total = total.to(images.device) + self.target(images, everything.expand(len(images), -1)).sum(0)
             count += len(images)
         position_mean, sums, n = total / count, [0.0, 0.0], 0
         for batch in test:
@@ -188,6 +189,19 @@ class MAE(nn.Module):
         """The decoder under its official names, saved beside the encoder: visualising and G2SD need it."""
         return self.decoder.official_state()
 
+    def adopt(self, extras: Mapping[str, Tensor]) -> str:
+        """Go on with the decoder of a loaded checkpoint where it has these settings' shape; says in words what was done."""
+        own = self.decoder.official_state()
+        if all(name in extras and extras[name].shape == value.shape for name, value in own.items()):
+            self.decoder.load_official(dict(extras))
+            return f"the decoder goes on from the checkpoint ({len(own)} tensors)"
+        width = extras["mask_token"].shape[-1]
+        depth = len({name.split(".")[1] for name in extras if name.startswith("decoder_blocks.")})
+        return (
+            f"the checkpoint's decoder ({width} wide, {depth} blocks) does not fit and a new one starts: "
+            f"decoder_dim={width} and decoder_depth={depth} would go on with it"
+        )
+
     def load_extras(self, extras: dict[str, Tensor]) -> None:
         """Take a decoder in the official layout (`decoder_*`, `mask_token`), e.g. `vit.extras` of a loaded checkpoint."""
         self.decoder.load_official(extras)
@@ -204,7 +218,7 @@ class Decoder(nn.Module):
         self.prefix, self.dim = prefix, dim
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )

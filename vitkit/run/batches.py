@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from vitkit import weights
 from vitkit.data import read
 from vitkit.data.images import Images
 from vitkit.data.loader import loader
-from vitkit.errors import DataError
+from vitkit.errors import ConfigError, DataError
 from vitkit.passport import Preprocess
 from vitkit.settings import Inputs, Machine
 
@@ -50,7 +50,7 @@ def open_data(inputs: Inputs, say: Say) -> Images:
 
 def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module:
     """The ViT that the settings name, for images of their size and channels."""
-    return weights.load(
+    vit = weights.load(
         inputs.model,
         arch=inputs.arch,
         arch_kwargs=inputs.arch_kwargs,
@@ -62,14 +62,25 @@ def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module
         say=say,
         **more,
     )
+    asked = {name: getattr(inputs, name) for name in ("mean", "std") if getattr(inputs, name) is not None}
+    if asked:
+        passport = vit.passport
+        wanted = replace(passport.preprocess, **asked)
+        differences = passport.preprocess.differences(wanted)
+        if differences and passport.base.get("kind") != "random":
+            raise ConfigError(
+                f"{inputs.model} was trained on images prepared otherwise: {'; '.join(differences)}",
+                fix="leave mean and std out; they are for models that start from random weights",
+            )
+        passport.preprocess = wanted
+    return vit
 
 
 def worker_count(machine: Machine, images: Images) -> int:
     """auto: none for pictures that already are arrays in memory, else the cores that training leaves."""
     if machine.workers != "auto":
         return machine.workers
-    in_memory = type(images.store).__name__ == "ArrayStore"
-    return 0 if in_memory else max(1, (os.cpu_count() or 2) - 1)
+    return 0 if images.in_memory else max(1, (os.cpu_count() or 2) - 1)
 
 
 def batches_of(

@@ -171,7 +171,7 @@ def _doctor(words: list[str]) -> int:
 
     rows = verbs.doctor()
     for what, found, advice in rows:
-        print(f"{what:<16}{found}" + (f"\n{'':<16}-> {advice}" if advice else ""))
+        print(f"{what:<18}{found}" + (f"\n{'':<18}-> {advice}" if advice else ""))
     return 0
 
 

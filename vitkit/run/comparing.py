@@ -85,13 +85,16 @@ def compare_job(paths: Sequence[Path], out: str | None = None) -> dict[str, Any]
 
 
 def compare(a: Side, b: Side) -> list[Pair]:
-    """One pair for every protocol that both runs have predictions of; where there is none, one empty pair that says why."""
-    common = [name for name in a.predictions if name in b.predictions]
+    """One pair for every protocol that both runs have predictions of, and for a training run against each protocol of an
+    evaluation; where there is none, one empty pair that says why."""
+    common = [(name, name) for name in a.predictions if name in b.predictions]
+    if not common and ("" in a.predictions or "" in b.predictions):
+        common = [(mine, other) for mine in a.predictions for other in b.predictions]
     if not common:
         lacking = [side.name for side in (a, b) if not side.predictions]
         have = f"{' and '.join(lacking)} predicted no test images" if lacking else "they followed different protocols"
         return [Pair(a.name, b.name, "", note=have)]
-    return [_paired(a, b, name) for name in common]
+    return [_paired(a, b, *names) for names in common]
 
 
 def correct(pairs: list[Pair]) -> list[Pair]:
@@ -161,12 +164,12 @@ def _groups(file: Path) -> dict[str, str]:
         return {row["name"]: row["group"] for row in csv.DictReader(opened) if row.get("group")}
 
 
-def _paired(a: Side, b: Side, protocol: str) -> Pair:
+def _paired(a: Side, b: Side, mine: str, other: str) -> Pair:
     """The difference a - b in the task's main metric on common images with the same label, patients drawn whole."""
     from vitkit.evaluate import metrics, statistics
 
-    first, second = a.predictions[protocol], b.predictions[protocol]
-    pair = Pair(a.name, b.name, protocol, split=a.split if a.split == b.split else f"{a.split} and {b.split}")
+    first, second = a.predictions[mine], b.predictions[other]
+    pair = Pair(a.name, b.name, mine or other, split=a.split if a.split == b.split else f"{a.split} and {b.split}")
     pair.note = _refusal(a, b, first, second)
     if pair.note:
         return pair
@@ -176,12 +179,16 @@ def _paired(a: Side, b: Side, protocol: str) -> Pair:
     pair.same = len(first) == len(second) == len(images)
     notes = [] if pair.same else [f"the test sets differ: {len(first)} and {len(second)} images, {len(images)} in both"]
     if len(kept) < len(images):
-        notes.append(f"{len(images) - len(kept)} images are labelled differently in the two runs and are left out")
+        odd = len(images) - len(kept)
+        notes.append(f"{odd} labelled differently in the two runs {'is' if odd == 1 else 'are'} left out")
+    notes += [
+        text for side, frame, name in ((a, first, mine), (b, second, other)) if (text := _unlike(side, frame, name))
+    ]
     pair.note = "; ".join(notes)
     pair.n = len(kept)
     if not kept:
         return pair
-    pair.metric = metrics.main_metric(a.task)
+    pair.metric = metrics.main_metric(str(a.task))
     arrays = (_single if a.task == "single" else _multi)(first.loc[kept], second.loc[kept])
     owners = [a.groups.get(name) or b.groups.get(name) for name in kept]
     groups = np.array([owner or f"image {name}" for owner, name in zip(owners, kept, strict=True)])
@@ -213,6 +220,23 @@ def _refusal(a: Side, b: Side, first: Any, second: Any) -> str:
     if not set(first.index) & set(second.index):
         return f"they have no {a.split} image in common"
     return ""
+
+
+def _unlike(side: Side, frame: Any, protocol: str) -> str:
+    """Says so where a run's stored predictions do not give the figure that it reported itself."""
+    from vitkit.evaluate import metrics
+
+    main = metrics.main_metric(str(side.task))
+    wanted = next(
+        (m["value"] for m in side.summary.get("metrics", []) if m["name"] == f"{protocol} {main}".strip()), None
+    )
+    if wanted is None:
+        return ""
+    y, scores, _ = (_single if side.task == "single" else _multi)(frame, frame)
+    found = getattr(metrics, main)(y, scores)
+    if abs(found - wanted) <= 0.002:  # stored probabilities are rounded
+        return ""
+    return f"{side.name} reported {wanted:.3f}, its stored predictions give {found:.3f}"
 
 
 def _single(first: Any, second: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

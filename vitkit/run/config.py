@@ -55,7 +55,7 @@ def parser(
         print_config=None,
     )
     made.add_argument("-h", "--help", action="help", help="show this help and exit")
-    made.add_argument("--config", action="config", help="YAML file of settings, as a run writes it")
+    made.add_argument("--config", metavar="FILE", help="YAML file of settings, as a run writes it; flags win over it")
     done: list[type] = []
     for name in ("method", "own", *groups):  # the method's own settings first in the help
         if name in groups and groups[name] not in done:
@@ -92,12 +92,12 @@ def build(
                 values[key] = [one.strip() for one in value.split(",")]
         namespace = _quietly(lambda: made.parse_object(values), hints)
     else:
-        words = [_dash(word) for word in given]
+        words, files = _without_config([_dash(word) for word in given])
         _check_words(words, valid)
-        words = _brackets(words, hints)
-        for index, word in enumerate(words):
-            if word == "--config" and index + 1 < len(words):
-                read_yaml(words[index + 1], valid, made)  # our words on unknown keys, before the parser's
+        words = _brackets(_switches(words, hints), hints)
+        for file in files:  # flags win over files, later files over earlier ones
+            content = read_yaml(file, valid, made)
+            _quietly(lambda content=content: _take_defaults(made, content), hints)
         namespace = _quietly(lambda: made.parse_args(words), hints)
     flat = {key: value for key, value in namespace.as_dict().items() if key in valid}
     missing = [key for key in required if flat.get(key) in (None, "")]
@@ -168,6 +168,31 @@ def _loader(made: Any):
         yield
 
 
+def _take_defaults(made: Any, content: dict[str, Any]) -> None:
+    made.parse_object(content)  # refuses wrong types in the words of one setting
+    made.set_defaults(content)
+
+
+def _without_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without `--config FILE`, and the files."""
+    rest: list[str] = []
+    files: list[str] = []
+    waiting = False
+    for word in words:
+        if waiting:
+            files.append(word)
+            waiting = False
+        elif word == "--config":
+            waiting = True
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if waiting:
+        raise ConfigError("--config needs a file", fix="--config settings.yaml")
+    return rest, files
+
+
 def _dash(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -221,6 +246,8 @@ def type_words(hint: Any) -> str:
     if hint in simple:
         return simple[hint]
     inner = get_args(hint)
+    if get_origin(hint) is dict:
+        return "a mapping, e.g. {depth: 4}"
     if get_origin(hint) is Literal:
         return " or ".join(str(one) for one in inner)
     if get_origin(hint) is tuple:
@@ -228,6 +255,17 @@ def type_words(hint: Any) -> str:
         kind = {int: "whole numbers", float: "numbers", str: "words"}.get(inner[0], "values")
         return f"{many} {kind} with commas between"
     return " or ".join(type_words(one) for one in inner) if inner else str(hint)
+
+
+def _switches(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Let a bare `--quiet` stand for `--quiet true`."""
+    out: list[str] = []
+    for index, word in enumerate(words):
+        out.append(word)
+        last = index + 1 == len(words) or words[index + 1].startswith("--")
+        if word.startswith("--") and hints.get(word[2:]) is bool and last:
+            out.append("true")
+    return out
 
 
 def _brackets(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:

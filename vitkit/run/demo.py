@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 LABELS = 10  # labelled digits a class
-TINY = {"embed_dim": 96, "depth": 6, "num_heads": 3}
+TINY = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 MODEL: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
     "arch_kwargs": TINY,
     "pretrained": False,
-    "patch_size": 4,
+    "patch_size": 8,
     "image_size": 32,
     "in_chans": 1,
     "data": "digits",
@@ -28,11 +28,11 @@ MODEL: dict[str, Any] = {
     "quiet": True,
 }
 PRETRAIN = {
-    "mask_ratio": 0.75, "decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 4, "epochs": 150, "warmup_epochs": 10.0,
-    "batch_size": 64, "lr": 2e-3, "crop_scale": (0.7, 1.0), "hflip": False, "eval_every": 10,
+    "mask_ratio": 0.75, "decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 4, "epochs": 90, "warmup_epochs": 5.0,
+    "batch_size": 64, "lr": 2e-3, "crop_scale": (0.8, 1.0), "hflip": False, "eval_every": 15,
 }  # fmt: skip
-ADAPT = {"labels_per_class": LABELS, "epochs": 40, "warmup_epochs": 4.0, "batch_size": 50, "hflip": False,
-         "crop_scale": (0.6, 1.0), "eval_every": 2}  # fmt: skip
+ADAPT = {"labels_per_class": LABELS, "epochs": 60, "warmup_epochs": 6.0, "batch_size": 50, "hflip": False,
+         "crop_scale": (0.6, 1.0), "eval_every": 4}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"optimizer": "adamw", "lr": 1e-2},
     "adaptformer": {"optimizer": "adamw", "lr": 5e-3, "bottleneck": 16},
@@ -44,20 +44,33 @@ STARTS = {"mae": "pre-trained (MAE)", "random": "random weights"}
 
 def run(out: Path, *, seeds: int = 3, quick: bool = False) -> Path:
     """Run (or finish) the demo in folder `out`; returns the report's path."""
+    from vitkit.run.model import Run
+    from vitkit.run.parallel import cores, side_by_side
+
     started = time.perf_counter()
-    done: dict[tuple[str, str], list[Any]] = {}
-    frozen: dict[tuple[str, str], list[dict]] = {}
-    pretrained: list[Any] = []
-    for seed in range(1 if quick else seeds):
-        pretrained.append(_pretrain(out, seed, quick))
-        for start in STARTS:
-            for method in METHODS:
-                done.setdefault((start, method), []).append(_adapt(out, seed, start, method, quick))
-            for protocol, found in _evaluate(out, seed, start).items():
-                frozen.setdefault((start, protocol), []).append(found)
+    seeds = 1 if quick else seeds
+    print(f"{2 * seeds} chains of runs on {min(cores(), 2 * seeds)} cores, into {out}", file=sys.stderr)
+    # The chains that pre-train first: they are the longer ones.
+    chains = [(str(out), seed, start, quick) for start in STARTS for seed in range(seeds)]
+    found: dict[tuple[str, int], dict[str, dict]] = {}
+    for index, measured in side_by_side(chain, chains):
+        found[chains[index][2], chains[index][1]] = measured
+    done = {(s, m): [Run(out / f"{s}-{m}-seed{seed}") for seed in range(seeds)] for s in STARTS for m in METHODS}
+    frozen = {(s, p): [found[s, seed][p] for seed in range(seeds)] for s in STARTS for p in ("knn", "linear")}
+    pretrained = [Run(out / f"mae-seed{seed}") for seed in range(seeds)]
     path = _report(out, pretrained, done, frozen, time.perf_counter() - started)
     print(f"finished in {(time.perf_counter() - started) / 60:.1f} min", file=sys.stderr)
     return path
+
+
+def chain(folder: str, seed: int, start: str, quick: bool) -> dict[str, dict]:
+    """All runs of one seed from one start, in a process of its own; returns the frozen-feature scores."""
+    out = Path(folder)
+    if start == "mae":
+        _pretrain(out, seed, quick)
+    for method in METHODS:
+        _adapt(out, seed, start, method, quick)
+    return _evaluate(out, seed, start)
 
 
 def _pretrain(out: Path, seed: int, quick: bool) -> Any:

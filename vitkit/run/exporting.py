@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from vitkit import tokens, weights
 from vitkit.errors import ConfigError, WeightsError
 from vitkit.parts import architecture
 from vitkit.passport import FILE, Passport
+
+ViT = Any  # a timm ViT with its passport: attributes of a module have no static type
 
 MODEL = "model.safetensors"
 TOLERANCE = 1e-5  # of the largest logit, for weights; float32 rounding of a merged layer stays below it
@@ -73,7 +75,7 @@ def export_safetensors(run: Path, out: str | None = None) -> Path:
     return target
 
 
-def simplified(vit: nn.Module) -> nn.Module:
+def simplified(vit: ViT) -> ViT:
     """A copy of `vit` with LoRA merged, EVA's biases under timm's names, and the head as one linear layer."""
     from vitkit.adapt.lora import merge
     from vitkit.parts.blocks import restore_qkv_biases
@@ -83,7 +85,7 @@ def simplified(vit: nn.Module) -> nn.Module:
     return fold_head(plain)
 
 
-def fold_head(vit: nn.Module) -> nn.Module:
+def fold_head(vit: ViT) -> ViT:
     """Turn FeatureNorm + Linear into the one Linear that computes the same, in place. With running mean m and variance
     v: W' = W / sqrt(v + eps), b' = b - W' m. A single head on both tokens of a distilled ViT becomes its two heads."""
     from timm.models.deit import VisionTransformerDistilled
@@ -91,7 +93,7 @@ def fold_head(vit: nn.Module) -> nn.Module:
     from vitkit.parts.heads import FeatureNorm, OneHead
 
     if isinstance(vit.head, nn.Sequential) and isinstance(vit.head[0], FeatureNorm):
-        norm, linear = vit.head
+        norm, linear = cast(Any, vit.head)
         weight = linear.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         bias = linear.bias.double() - weight @ norm.running_mean.double()
         folded = nn.Linear(linear.in_features, linear.out_features)
@@ -99,12 +101,12 @@ def fold_head(vit: nn.Module) -> nn.Module:
         folded.bias = nn.Parameter(bias.detach().float())
         vit.head = folded
     if isinstance(vit, OneHead) and isinstance(vit.head, nn.Linear):
-        vit.__class__ = VisionTransformerDistilled
+        vit.__class__ = VisionTransformerDistilled  # type: ignore[assignment]
         vit.head_dist = deepcopy(vit.head)  # the mean of two equal linear heads is the head of the mean
     return vit
 
 
-def timm_words(vit: nn.Module) -> tuple[str, dict[str, Any]] | None:
+def timm_words(vit: ViT) -> tuple[str, dict[str, Any]] | None:
     """Name and JSON keywords with which `timm.create_model` builds this model; None where timm takes no such words."""
     passport = vit.passport
     name = STAND_INS.get(passport.arch, passport.arch)
@@ -121,7 +123,7 @@ def timm_words(vit: nn.Module) -> tuple[str, dict[str, Any]] | None:
     return name, {key: list(value) if isinstance(value, tuple) else value for key, value in kwargs.items()}
 
 
-def open_run(run: Path) -> nn.Module:
+def open_run(run: Path) -> ViT:
     if not (run / FILE).is_file():
         started = (run / "config.yaml").is_file()
         what = "has no model yet" if started else "is not a run folder (it has no passport.json)"
@@ -159,7 +161,7 @@ def _ours(folder: Path) -> bool:
         return False
 
 
-def _not_timm(vit: nn.Module) -> list[str]:
+def _not_timm(vit: ViT) -> list[str]:
     """Names of tensors that timm's own model does not have, or has and this one lacks."""
     passport = vit.passport
     expected = architecture.build(passport.arch, passport.arch_kwargs, meta=True, num_classes=vit.num_classes)
@@ -167,12 +169,12 @@ def _not_timm(vit: nn.Module) -> list[str]:
     return sorted(set(own) ^ set(theirs)) + [n for n in own if n in theirs and own[n].shape != theirs[n].shape]
 
 
-def _adapters(vit: nn.Module) -> str:
+def _adapters(vit: ViT) -> str:
     names = list(dict.fromkeys(step["method"].rpartition(".")[2] for step in vit.passport.steps))
     return " and ".join(names) or "added tensors"
 
 
-def _exported_passport(vit: nn.Module, chosen: nn.Module, *, merged: bool) -> Passport:
+def _exported_passport(vit: ViT, chosen: ViT, *, merged: bool) -> Passport:
     """The passport of the file: no folders of this machine in it, and no steps that merging made part of the weights."""
     old = vit.passport
     base = {key: _without_folders(value) for key, value in old.base.items() if key != "relative"}
@@ -198,7 +200,7 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, vit: nn.Module, words: tuple[str, dict[str, Any]] | None) -> None:
+def _write(path: Path, vit: ViT, words: tuple[str, dict[str, Any]] | None) -> None:
     """Weights with the passport in their metadata; beside them config.json for timm, and passport.json for vitkit."""
     passport = vit.passport
     meta = {"format": "pt", "vitkit": "full", "passport": json.dumps(passport.to_dict())}
@@ -208,7 +210,7 @@ def _write(path: Path, vit: nn.Module, words: tuple[str, dict[str, Any]] | None)
     (path.parent / "config.json").write_text(json.dumps(_timm_config(vit, words), indent=1) + "\n", encoding="utf-8")
 
 
-def _timm_config(vit: nn.Module, words: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+def _timm_config(vit: ViT, words: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
     """What timm's `local-dir:` and hub loading read."""
     from vitkit import __version__
 
@@ -235,7 +237,7 @@ def _timm_config(vit: nn.Module, words: tuple[str, dict[str, Any]] | None) -> di
 
 
 @torch.no_grad()
-def _logits(vit: nn.Module, images: Tensor) -> Tensor:
+def _logits(vit: ViT, images: Tensor) -> Tensor:
     return tokens.logits(vit.eval(), images)
 
 
@@ -247,9 +249,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def _reads_in_timm(
-    draft: Path, words: tuple[str, dict[str, Any]], vit: nn.Module, probe: Tensor, wanted: Tensor
-) -> str:
+def _reads_in_timm(draft: Path, words: tuple[str, dict[str, Any]], vit: ViT, probe: Tensor, wanted: Tensor) -> str:
     """Empty when timm alone, given only the file, computes the same logits; otherwise why not."""
     import timm
     from safetensors.torch import load_file
@@ -270,7 +270,7 @@ def _reads_in_timm(
 
 def _explain(
     target: Path,
-    vit: nn.Module,
+    vit: ViT,
     words: tuple[str, dict[str, Any]] | None,
     alone: str,
     extra: list[str],

@@ -30,9 +30,9 @@ SIDE = 96  # pixels of a small copy's longer side
 def write(
     path: str | Path, images: Images, features: np.ndarray, *, title: str, facts: Mapping[str, str], seed: int = 0
 ) -> dict[str, Any]:
-    """Write the page for `features` (N, D) of `images`; returns {"explained": (pc1, pc2), "agreement", "twins"}.
+    """Write the page for `features` (N, D) of `images`; returns {"explained": (pc1, pc2), "agreement", "asked", "twins"}.
 
-    agreement: share of labelled images whose nearest neighbour has the same label (None without labels); twins: pairs
+    agreement: share of the `asked` images whose nearest neighbour has the same label (None without labels); twins: pairs
     above 0.99. `facts` are printed under the title.
     """
     from vitkit.run.files import atomic_write
@@ -43,8 +43,8 @@ def write(
     twins, searched = near_duplicates(features, images, near, seed)
     asked = _within_budget(asked, near)
     shown = _pictured(asked, near, twins)
-    points = np.sort(np.union1d(asked, spread(images, MOST_POINTS, seed))[:])
-    found = {"explained": explained, "agreement": agreement(images, near), "twins": len(twins)}
+    points = np.union1d(asked, spread(images, MOST_POINTS, seed))
+    found = {"explained": explained, "agreement": agreement(images, near), "asked": len(near), "twins": len(twins)}
     data = {
         "points": {
             "i": points.tolist(),
@@ -77,17 +77,19 @@ def page(title: str, facts: Mapping[str, str], data: Mapping[str, Any]) -> str:
 
     from vitkit import __version__
 
-    home = files("vitkit.run")
-    script = home.joinpath("gallery.js").read_text("utf-8")
+    source = files("vitkit.run").joinpath("gallery.html").read_text("utf-8")
+    script = source.rpartition("<script>")[2].partition("</script>")[0]
     safe = json.dumps(data, ensure_ascii=True, separators=(",", ":"), default=str).replace("<", "\\u003c")
-    template = Environment(autoescape=True).from_string(home.joinpath("gallery.html").read_text("utf-8"))
-    return template.render(
-        title=title,
-        facts=facts,
-        data=Markup(safe),
-        script=Markup(script),
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
+    return (
+        Environment(autoescape=True)
+        .from_string(source)
+        .render(
+            title=title,
+            facts=facts,
+            data=Markup(safe),
+            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=__version__,
+        )
     )
 
 
@@ -113,7 +115,7 @@ def spread(images: Images, count: int, seed: int) -> np.ndarray:
     """At most `count` rows, in order, drawn so that every label (or split) gets its turn."""
     if len(images) <= count:
         return np.arange(len(images))
-    kind = images.split if images.labels is None else _codes(images)
+    kind = images.split if images.labels is None else _codes(images.labels)
     order = np.random.default_rng(seed).permutation(len(images))
     turn = np.empty(len(images), dtype=np.int64)  # this image is its kind's n-th
     for value in np.unique(kind):
@@ -172,8 +174,8 @@ def colourings(images: Images, rows: np.ndarray) -> list[dict[str, Any]]:
     elif images.labels is not None:
         for c, name in enumerate(images.classes):
             column = images.labels[rows, c]
-            codes = np.where(np.isnan(column), -1, column > 0.5).astype(int)
-            found.append({"name": name, "names": ["no", "yes"], "codes": codes.tolist()})
+            known = np.where(np.isnan(column), -1, column > 0.5).astype(int)
+            found.append({"name": name, "names": ["no", "yes"], "codes": known.tolist()})
     names = [name for name in ("train", "val", "test", "unlabelled") if (images.split == name).any()]
     codes = [names.index(one) if one in names else -1 for one in images.split[rows].tolist()]
     found.append({"name": "split", "names": names, "codes": codes})
@@ -228,11 +230,12 @@ def _pictured(
     return np.array(sorted(rows | {row for i, j, _ in twins[:MOST_TWINS] for row in (i, j)}), dtype=np.int64)
 
 
-def _codes(images: Images) -> np.ndarray:
-    if images.labels.ndim == 1:
-        return images.labels
-    known = np.nan_to_num(images.labels) > 0.5
-    return np.where(known.any(1), known.argmax(1), -1)  # the first of several labels
+def _codes(labels: np.ndarray) -> np.ndarray:
+    """(N,) class numbers, -1 where there is none; of several labels the first."""
+    if labels.ndim == 1:
+        return labels
+    known = np.nan_to_num(labels) > 0.5
+    return np.where(known.any(1), known.argmax(1), -1)
 
 
 def _item(images: Images, i: int) -> list[str]:
@@ -242,7 +245,8 @@ def _item(images: Images, i: int) -> list[str]:
 def _facts(found: Mapping[str, Any], images: Images) -> dict[str, str]:
     lines = {"first two axes": f"{sum(found['explained']):.0%} of the variance"}
     if found["agreement"] is not None:
-        lines["nearest neighbour"] = f"same label for {found['agreement']:.1%}"
+        among = "" if found["asked"] == len(images) else f" of {found['asked']:,} images, drawn evenly from the labels"
+        lines["nearest neighbour"] = f"same label for {found['agreement']:.1%}{among}"
     return lines
 
 

@@ -72,6 +72,8 @@ def pretrain_job(fabric: Any, name: str, config: Config) -> None:
     vit = open_model(inputs, seed=machine.seed, say=say, num_classes=0, drop_path_rate=train.drop_path)
     module = discover.load("pretrain", name)
     method = discover.method_class(module)(vit, config.method)
+    if hasattr(method, "adopt") and "mask_token" in vit.extras:
+        say(method.adopt(vit.extras))
     preprocess = vit.passport.preprocess
     if len(used) < 5000 and vit.passport.base.get("kind") == "random":
         say(

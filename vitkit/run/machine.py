@@ -33,11 +33,11 @@ def _python() -> Iterator[Row]:
     from packaging.specifiers import SpecifierSet
 
     version = platform.python_version()
-    bounds = _about().get("Requires-Python") or ""
+    bounds = _field("Requires-Python")
     outside = f"tested with Python {bounds}" if bounds and not SpecifierSet(bounds).contains(version) else ""
     yield "Python", f"{version}, {platform.system()} {platform.machine()}", outside
     where = Path(__file__).resolve().parent.parent
-    yield "vitkit", f"{_about().get('Version') or 'version unknown'}, {where}", ""
+    yield "vitkit", f"{_field('Version') or 'version unknown'}, {where}", ""
 
 
 def _packages() -> Iterator[Row]:
@@ -164,7 +164,8 @@ def _hub() -> Iterator[Row]:
     advice = "" if os.access(nearest, os.W_OK) else "it cannot be written: set HF_HOME to a folder that can"
     if offline and not advice:
         advice = "HF_HUB_OFFLINE is set: only weights already there can be named"
-    found = f"{models} models in {folder}" if folder.is_dir() else f"empty so far ({folder})"
+    count = "1 model" if models == 1 else f"{models} models"
+    found = f"{count} in {folder}" if folder.is_dir() else f"empty so far ({folder})"
     yield "weights cache", found, advice
 
 
@@ -220,6 +221,11 @@ def _about() -> metadata.PackageMetadata:
         from email.message import Message
 
         return Message()  # type: ignore[return-value]
+
+
+def _field(name: str) -> str:
+    """One field of vitkit's metadata; empty where it has none."""
+    return str(_about().get_all(name, [""])[0])
 
 
 def _requirements(*, optional: bool = False) -> list:

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from vitkit.data.images import Images
 from vitkit.errors import ConfigError, DataError
@@ -26,7 +25,7 @@ from vitkit.run.batches import Data, labelled_parts, open_data, open_model, spea
 from vitkit.run.config import Config, main_line
 from vitkit.run.files import atomic, atomic_write
 from vitkit.run.folder import RunFolder
-from vitkit.settings import Machine, Task
+from vitkit.settings import Machine
 
 # Settings that do not change what is measured (beyond rounding), so that the same folder may be written again with others.
 FREE = frozenset({"workers", "quiet", "batch_size", "accelerator", "precision", "devices"})
@@ -77,7 +76,7 @@ def evaluate_job(config: Config) -> dict[str, dict[str, Any]]:
         images = open_data(config.inputs, say)
         data = labelled_parts(images, config.inputs, config.machine, say)
         part, split = scored_part(data)
-        vit = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
+        vit: Any = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
         cautions = overlap_with_training(vit, images)
         for text in cautions:
             say(f"caution: {text}")
@@ -104,8 +103,10 @@ def embed_job(config: Config) -> np.ndarray:
     device = device_of(config.machine, "embed")
     say = speaker(config.machine.quiet)
     with torch.random.fork_rng(devices=[]), _home(config, "embed") as folder:
+        if folder is None:
+            raise ConfigError("out is empty, and vitkit embed writes its features", fix="--out embeddings")
         images = open_data(config.inputs, say)
-        vit = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
+        vit: Any = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
         found, speed = _features(vit, {"all": images}, config.machine, device, None)
         x = np.ascontiguousarray(found["all"])
         with atomic(folder.path / "features.npy") as file:
@@ -150,7 +151,7 @@ def scored_part(data: Data) -> tuple[Images, str]:
 
 
 def run_protocol(
-    name: str, x: dict[str, np.ndarray], data: Data, split: str, k: int | str, device: torch.device
+    name: str, x: dict[str, np.ndarray], data: Data, split: str, k: int | Literal["auto"], device: torch.device
 ) -> Outcome:
     """Fit protocol `name` on the training features, choose on validation, give probabilities of the scored split.
 
@@ -161,15 +162,15 @@ def run_protocol(
 
     began = time.perf_counter()
     train, classes = data.train, len(data.all.classes)
-    held = (x["val"], data.val.labels) if split != "val" and "val" in x else (None, None)
+    held = (x["val"], labels_of(data.val)) if split != "val" and "val" in x else (None, None)
     where = "cpu" if device.type == "mps" else str(device)  # both fit in float64, which MPS lacks
-    kwargs = {"n_classes": classes, "groups": train.group, "device": where}
+    kwargs: dict[str, Any] = {"n_classes": classes, "groups": train.group, "device": where}
     if name == "knn":
-        fitted = knn.fit(x["train"], train.labels, *held, settings=knn.Settings(k=k), **kwargs)
+        fitted: Any = knn.fit(x["train"], labels_of(train), *held, settings=knn.Settings(k=k), **kwargs)
         auto = "validation" if held[0] is not None else "the training images, each by the others"
         chosen, picked_on, note = f"k={fitted.chosen}", auto if k == "auto" else "nothing: it was given", ""
     else:
-        fitted = linear.fit(x["train"], train.labels, *held, **kwargs)
+        fitted = linear.fit(x["train"], labels_of(train), *held, **kwargs)
         chosen, picked_on = f"penalty={fitted.chosen:.2g}", fitted.picked_on
         note = (
             "" if fitted.converged else f"the optimiser stopped after {fitted.iterations} steps, short of its tolerance"
@@ -182,9 +183,9 @@ def judge(outcome: Outcome, part: Images, task: str) -> None:
     """Metrics of an outcome on the scored images, once, and the interval of the main one (patients drawn whole)."""
     from vitkit.evaluate import metrics, statistics
 
-    outcome.metrics = metrics.summary(task, part.labels, outcome.scores)
+    outcome.metrics = metrics.summary(task, labels_of(part), outcome.scores)
     main = getattr(metrics, metrics.main_metric(task))
-    outcome.interval = statistics.bootstrap(main, part.labels, outcome.scores, groups=part.group, seed=0)
+    outcome.interval = statistics.bootstrap(main, labels_of(part), outcome.scores, groups=part.group, seed=0)
 
 
 def entry(outcome: Outcome, measured: Measured) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def entry(outcome: Outcome, measured: Measured) -> dict[str, Any]:
     return {**found, **outcome.metrics, **({"note": notes} if notes else {})}
 
 
-def overlap_with_training(vit: nn.Module, images: Images) -> list[str]:
+def overlap_with_training(vit: Any, images: Images) -> list[str]:
     """Cautions where the model's own history says that it was trained on other splits of these data."""
     found = []
     for step in vit.passport.lineage:
@@ -240,7 +241,7 @@ def short_name(model: str) -> str:
 
 
 def _features(
-    vit: nn.Module, parts: dict[str, Images], machine: Machine, device: torch.device, cache: Path | None
+    vit: Any, parts: dict[str, Images], machine: Machine, device: torch.device, cache: Path | None
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """Features of every part, and images a second (None when all came from the cache)."""
     from vitkit.evaluate.features import features
@@ -333,8 +334,10 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(plain(content, finite=True), indent=1, ensure_ascii=False) + "\n")
 
 
-def task_of(images: Images) -> Task:
-    return Task(images.task, tuple(images.classes))
+def labels_of(images: Images) -> np.ndarray:
+    """The labels of images that `labelled_parts` let through: there are some."""
+    assert images.labels is not None
+    return images.labels
 
 
 def known(value: float | None) -> bool:

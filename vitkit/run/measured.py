@@ -11,8 +11,9 @@ from vitkit.passport import Passport
 from vitkit.run.config import Config
 from vitkit.run.environment import environment
 from vitkit.run.folder import RunFolder
-from vitkit.run.measure import Measured, Outcome, entry, known, short_name, task_of, write_results
+from vitkit.run.measure import Measured, Outcome, entry, known, labels_of, short_name, write_results
 from vitkit.run.report import Report
+from vitkit.settings import Task
 
 WORDS = {"knn": "k nearest neighbours", "linear": "linear probe"}
 
@@ -22,7 +23,7 @@ def write_evaluation(folder: RunFolder, measured: Measured, passport: Passport, 
     from vitkit.data.splits import save
     from vitkit.run.results import write_predictions
 
-    task = task_of(measured.images)
+    task = Task("multi" if measured.images.task == "multi" else "single", tuple(measured.images.classes))
     entries = {outcome.protocol: entry(outcome, measured) for outcome in measured.outcomes}
     for outcome in measured.outcomes:
         write_predictions(folder.path / f"predictions_{outcome.protocol}.csv", measured.part, outcome.scores, task)
@@ -111,7 +112,7 @@ def _confusions(report: Report, measured: Measured) -> None:
 
     classes = measured.images.classes
     for outcome in measured.outcomes:
-        matrix = metrics.confusion(measured.part.labels, outcome.scores)
+        matrix = metrics.confusion(labels_of(measured.part), outcome.scores).tolist()
         report.confusion(f"Confusion, {WORDS[outcome.protocol]}", matrix, classes)
 
 
@@ -119,8 +120,10 @@ def _labels(report: Report, measured: Measured) -> None:
     """AUC of each label with its interval, under every protocol."""
     from vitkit.evaluate import metrics, statistics
 
-    y, groups = measured.part.labels, measured.part.group
-    each = [statistics.bootstrap(metrics.auc_each, y, o.scores, groups=groups, seed=0) for o in measured.outcomes]
+    y, groups = labels_of(measured.part), measured.part.group
+    each: list[Any] = [
+        statistics.bootstrap(metrics.auc_each, y, o.scores, groups=groups, seed=0) for o in measured.outcomes
+    ]
     rows = []
     for c, name in enumerate(measured.images.classes):
         unknown = int(np.isnan(y[:, c]).sum())
@@ -178,7 +181,7 @@ def _ends(outcome: Outcome) -> tuple[float, ...]:
 def _chance(measured: Measured) -> tuple[str, float]:
     if measured.images.task == "multi":
         return ("chance", 0.5)
-    counts = np.bincount(measured.part.labels)
+    counts = np.bincount(labels_of(measured.part))
     return ("always the largest class", float(counts.max() / counts.sum()))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitkit import tokens, weights
 from vitkit.errors import DataError, MissingExtra, VitkitError, WeightsError
 from vitkit.passport import Passport
-from vitkit.run.exporting import difference, open_run, say, target_of
+from vitkit.run.exporting import ViT, difference, open_run, say, target_of
 
 TOLERANCE = 1e-4  # of probabilities, and of the largest feature value, for another runtime's kernels
 CHECKED = 16  # images that a graph is checked on
@@ -28,7 +28,10 @@ CHECKED = 16  # images that a graph is checked on
 class Predictor(nn.Module):
     """Pixels (B, C, H, W) in [0, 1] to class probabilities (B, classes) and the pooled feature (B, D) under them."""
 
-    def __init__(self, vit: nn.Module, task: str | None):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: ViT, task: str | None):
         super().__init__()
         pixels = vit.passport.preprocess
         self.vit, self.task = vit, task
@@ -173,7 +176,7 @@ def _test_images(run: Path, passport: Passport) -> Tensor:
 
     kept = RunFolder(run).read_config()
     names = {f.name for f in fields(Inputs)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k in names}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k in names}
     if not values.get("data"):
         raise DataError("its config.yaml names no data")
     images = open_data(Inputs(**values), lambda text: None)
@@ -198,7 +201,7 @@ def _check_onnx(path: Path, model: Predictor, images: Tensor, where: str) -> _Ch
     return _Checked(probabilities, difference(found[-1], wanted[-1]), where)
 
 
-def _certificate(path: Path, vit: nn.Module, found: _Checked) -> dict[str, Any]:
+def _certificate(path: Path, vit: ViT, found: _Checked) -> dict[str, Any]:
     """What the graph takes and gives, and how it was checked."""
     import hashlib
 

@@ -121,7 +121,9 @@ def write_predictions(path: Path, images: Images, scores: np.ndarray, task: Task
 def _label_text(label: Any, names: list[str]) -> str:
     if np.ndim(label) == 0:
         return names[int(label)] if label >= 0 else ""
-    return "|".join(name for name, value in zip(names, label, strict=True) if value == 1)
+    # An unknown label is written as ?name, so that nobody reads it back as absent.
+    marks = [("?" if np.isnan(value) else "") + name for name, value in zip(names, label, strict=True) if value != 0]
+    return "|".join(marks)
 
 
 def save_mistakes(folder: RunFolder, images: Images, scores: np.ndarray, task: Task, preprocess: Preprocess) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Changing these does not change the result, so a run may be resumed with other values.
 FREE = frozenset({"workers", "quiet", "save_every"})
 PROTOCOLS = ("knn", "linear")
+REQUIRED: tuple[str, ...] = ("model", "data", "out")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,9 @@ def settings_for(verb: str, name: str | None, given: Mapping[str, Any] | Sequenc
     groups, recipe = groups_for(verb, name)
     if verb in ("pretrain", "adapt"):
         method = discover.find(verb, str(name))
-        description = f"{method.doc.strip()}"
-        required = ("model", "data", "out")
+        description, required = method.doc.strip(), REQUIRED
     else:
-        description, required = verb_doc(verb), ("model", "data")
+        description, required = verb_doc(verb), REQUIRED[:2]
     prog = f"vitkit {verb} {name}" if name else f"vitkit {verb}"
     return configs.build(groups, given, prog=prog, description=description, defaults=recipe, required=required)
 
@@ -207,7 +207,7 @@ def report(run: str | Path) -> Path:
     return run_report(folder)
 
 
-def export(run: str | Path, *, format: Literal["safetensors", "onnx"] = "safetensors", out: str | None = None) -> Path:
+def export(run: str | Path, *, format: str = "safetensors", out: str | None = None) -> Path:
     """One file that needs no vitkit: weights merged where the maths allows, with a passport, or an ONNX graph that takes
     pixels in [0, 1] and holds the preprocessing. Refused unless its outputs equal the model's."""
     from vitkit.run.exporting import export_onnx, export_safetensors

@@ -1,0 +1,150 @@
+"""One config, three spellings; strict, with errors in plain words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from vitkit.errors import ConfigError
+from vitkit.run import cli, config, discover, verbs
+
+NEEDED = {"model": "m", "data": "d", "out": "o"}
+WORDS = ["--model", "m", "--data", "d", "--out", "o"]
+
+
+def build(given):
+    return verbs.settings_for("adapt", "adaptformer", given)
+
+
+def test_keywords_flags_and_yaml_mean_the_same(tmp_path):
+    wanted = {"scale": "learnable", "layers": [1, -1], "crop_scale": [0.3, 1.0], "epochs": 7, "quiet": True, "lr": 1e-4}
+    python = build({**NEEDED, **wanted, "layers": (1, -1)})
+    line = build(
+        [
+            *WORDS,
+            "--scale",
+            "learnable",
+            "--layers",
+            "1,-1",
+            "--crop-scale",
+            "0.3,1.0",
+            "--epochs=7",
+            "--quiet",
+            "--lr",
+            "1e-4",
+        ]
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"verb": "adapt", "method": "adaptformer", **NEEDED, **wanted}))
+    from_file, from_flag = build({"config": file}), build(["--config", str(file)])
+    assert python.values == line.values == from_file.values == from_flag.values
+    assert python.method.layers == (1, -1) and python.train.crop_scale == (0.3, 1.0)
+    assert build(["--config", str(file), "--epochs", "9"]).values["epochs"] == 9
+    assert build({"config": file, "epochs": 9}).values["epochs"] == 9
+
+
+def test_what_a_run_wrote_is_read_back(tmp_path):
+    import vitkit
+
+    settings = {"pretrained": False, "patch_size": 8, "image_size": 32, "in_chans": 1, "workers": 0, "quiet": True}
+    arch = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    run = vitkit.adapt(
+        "linear",
+        model="vit_tiny_patch16_224",
+        data="digits",
+        out=tmp_path / "a",
+        arch_kwargs=arch,
+        max_steps=1,
+        **settings,
+    )
+    again = verbs.resolve(verbs.settings_for("adapt", "linear", ["--config", str(run.path / "config.yaml")]))
+    written = yaml.safe_load((run.path / "config.yaml").read_text())
+    values = config.plain(again.values)
+    assert {key: values[key] for key in written if key in values} == {k: v for k, v in written.items() if k in values}
+
+
+@pytest.mark.parametrize(
+    "given,text",
+    [
+        ({"mask_rato": 1}, "there is no setting mask_rato"),
+        (["--bottlneck", "3"], "did you mean --bottleneck?"),
+        (["--batch_size", "abc"], "batch_size: expected a whole number, got abc"),
+        (["--scale", "abc"], "scale: expected a number or learnable, got abc"),
+        (["--option", "both"], "option: expected parallel or sequential, got both"),
+        (["--crop_scale", "3"], "crop_scale: expected 2 numbers with commas between, got [3]"),
+        (["--bottleneck", "0"], "bottleneck is 0"),
+        ({"epochs": 3.5}, "epochs: expected a whole number, got 3.5"),
+        (["--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
+    ],
+)
+def test_errors_name_the_setting_the_value_and_the_fix(given, text):
+    given = {**NEEDED, **given} if isinstance(given, dict) else [*WORDS, *given]
+    with pytest.raises(ConfigError) as error:
+        build(given)
+    assert text in str(error.value)
+
+
+def test_an_unknown_key_in_yaml_names_the_file(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: m\nbottlneck: 3\n")
+    for given in ({"config": file}, ["--config", str(file)]):
+        with pytest.raises(
+            ConfigError, match=r"no setting bottlneck in .*settings.yaml\n  fix: did you mean bottleneck"
+        ):
+            build(given)
+
+
+def test_missing_names_are_asked_for():
+    with pytest.raises(ConfigError, match=r"needs data, out\n  fix: give --data"):
+        build(["--model", "m"])
+
+
+@pytest.mark.parametrize(
+    "words", [["adpt"], ["adapt", "adaptfrmer"], ["adapt", "mae"], ["adapt", "--model", "m"], ["methods", "x"]]
+)
+def test_the_command_line_explains_itself(words, capsys):
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vitkit: ") and "fix: " in said and "Traceback" not in said
+
+
+def test_help_and_methods_need_no_torch():
+    code = (
+        "import sys; from vitkit.run.cli import main; main(['methods']); main(['adapt']); main(['--help'])\n"
+        "try: main(['adapt', 'adaptformer', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for method in discover.methods():
+        assert method.name in done.stdout
+    assert "--bottleneck" in done.stdout and "ffn_num" in done.stdout
+
+
+def test_every_method_is_documented_as_promised():
+    for method in discover.methods():
+        assert method.summary.endswith("."), method.name
+        if method.verb != "evaluate":
+            assert method.paper, f"{method.module} cites no paper"
+            for part in (
+                "What happens, and where:",
+                "Differs from the paper:",
+                "Cost:",
+                f"vitkit {method.verb} {method.name} ",
+            ):
+                assert part in method.doc, f"{method.module} lacks '{part}'"
+            assert f'vitkit.{method.verb}("{method.name}", ' in method.doc
+
+
+def test_a_verb_is_a_package_and_a_function():
+    import vitkit
+    from vitkit.adapt.adaptformer import AdaptFormer
+
+    assert callable(vitkit.adapt) and AdaptFormer.__module__ == "vitkit.adapt.adaptformer"
+    with pytest.raises(ConfigError, match="needs data, out"):
+        vitkit.adapt("linear", model="x")
+    assert set(vitkit.VERBS) <= set(dir(vitkit))
