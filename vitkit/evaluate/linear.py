@@ -22,6 +22,7 @@ Standardisation and rotation are folded back, so that the weights returned apply
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -190,6 +191,13 @@ class _Data:
             )
         return cls(x, y.astype(np.int64), classes, "single", groups)
 
+    @cached_property
+    def turned(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean (D,), deviation (D,), principal axes (D, d) of the standardised features, coordinates on them (N, d)."""
+        mean, scale = self.x.mean(0), self.x.std(0, correction=0)
+        scale = torch.where(scale > 1e-7 * self.x.abs().amax(0), scale, 1.0)  # less than float32 resolves: constant
+        return mean, scale, *_axes((self.x - mean) / scale)
+
     def rows(self, index: np.ndarray) -> _Data:
         groups = None if self.groups is None else self.groups[index]
         return _Data(self.x[torch.from_numpy(index).to(self.x.device)], self.y[index], self.classes, self.task, groups)
@@ -319,10 +327,9 @@ class _Path:
 def _train(
     data: _Data, penalties: list[float], settings: Settings, *, coarse: bool = False, start: _Path | None = None
 ) -> _Path:
-    """Standardise, rotate, solve what can be learnt (from `start` if given), fold everything back into raw features."""
+    """Solve what can be learnt in standardised, rotated features (from `start` if given), fold back into raw ones."""
     x, device, count = data.x, data.x.device, len(penalties)
-    mean, scale = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(scale > 1e-7 * x.abs().amax(0), scale, 1.0)  # varies less than float32 resolves: constant
+    mean, scale, axes, z = data.turned
     fixed, live = _fixed(data)
     path = _Path(
         torch.zeros(count, data.classes, x.shape[1], dtype=x.dtype, device=device),
@@ -331,7 +338,6 @@ def _train(
         torch.zeros(count, dtype=torch.int64, device=device),
     )
     if len(live) > (data.task == "single"):  # softmax over one class, or sigmoids over none: nothing to learn
-        axes, z = _axes((x - mean) / scale)
         y = np.searchsorted(live, data.y) if data.task == "single" else data.y[:, live]
         begin = None
         if start is not None:
