@@ -33,7 +33,7 @@ def main() -> int:
     result = Result("adaptformer", "speed", claim, options.quick)
     rows, holds = [], True
     for name, (arch, size, batch) in SIZES.items():
-        row = contest(name, arch, size, batch, 3 if options.quick else 15)
+        row = contest(name, arch, size, batch, 3 if options.quick else 9)
         rows.append(row)
         holds &= row[2] <= 0.8 and row[4] <= 1.0
         if options.quick:

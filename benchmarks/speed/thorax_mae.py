@@ -101,7 +101,7 @@ def main() -> int:
     result = Result("thorax_mae", "speed", claim, options.quick)
     rows, holds = [], True
     for name, size in SIZES.items():
-        row, faster = contest(name, *size, rounds=3 if options.quick else 15)
+        row, faster = contest(name, *size, rounds=3 if options.quick else 9)
         rows.append(row)
         holds &= faster
         if options.quick and len(rows) == 2:

@@ -124,15 +124,22 @@ def labelled_parts(images: Images, inputs: Inputs, machine: Machine, say: Say) -
     if inputs.labels_per_class:
         train = train.few(inputs.labels_per_class, machine.seed)
         say(f"training on {len(train)} images: {inputs.labels_per_class} a class")
+    if not len(train):
+        raise DataError(f"{images.name}: no labelled training images", fix="vitkit check --data ... shows the splits")
     if images.task == "single":
         present = len(np.unique(train.labels))
         if present < 2:
             raise DataError(
-                f"{images.name}: {present} class among {len(train)} training images",
-                fix="at least two classes; more classes than training images cannot be learnt either",
+                f"{images.name}: all {len(train)} training images are of one class",
+                fix="at least two classes; vitkit check --data ... shows the splits",
             )
-    if not len(train):
-        raise DataError(f"{images.name}: no labelled training images", fix="vitkit check --data ... shows the splits")
+        if len(images.classes) > len(train):
+            raise DataError(
+                f"{images.name}: {len(images.classes)} classes, but only {len(train)} training images",
+                fix="more images, fewer classes, or smaller val_fraction and test_fraction",
+            )
+        if present < len(images.classes):
+            say(f"WARNING: {len(images.classes) - present} classes have no training image and cannot be predicted")
     return Data(images, train, val, test)
 
 
