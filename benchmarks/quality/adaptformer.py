@@ -1,6 +1,6 @@
 """AdaptFormer against linear, full fine-tuning, VPT and LoRA at equal budget, on real photographs.
 
-Trunk: DeiT-Ti/16 trained on ImageNet-1k (5.7 M weights). Data: `clothing`, 10 classes, 45 labels a class, 96 px. Every arm
+Trunk: DeiT-Ti/16 trained on ImageNet-1k (5.7 M weights). Data: `clothing`, 10 classes, 30 labels a class, 96 px. Every arm
 sees the same images, epochs, batch size, augmentation and schedule. The linear head's learning rate is the better of two on
 validation; the others were set once, without a search. The epoch is picked on validation; test images are read once a run.
 A linear head trained to convergence on the frozen features (L-BFGS) stands beside: five epochs are few for a head alone.
@@ -36,9 +36,9 @@ ARMS = {
 SHARED = {
     "optimizer": "adamw",
     "head": "bn_linear",
-    "labels_per_class": 45,
+    "labels_per_class": 30,
     "epochs": 5,
-    "eval_every": 2,
+    "eval_every": 3,
     "warmup_epochs": 1.0,
     "batch_size": 50,
     "image_size": 96,
