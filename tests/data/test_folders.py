@@ -255,9 +255,9 @@ def test_empty_folder(tmp_path):
 
 
 def test_folder_of_other_files(tmp_path):
-    (tmp_path / "a.dcm").write_bytes(b"1")
-    (tmp_path / "b.dcm").write_bytes(b"1")
-    with pytest.raises(DataError, match=r"holds no image files \(2 \.dcm\)"):
+    (tmp_path / "a.mha").write_bytes(b"1")
+    (tmp_path / "b.mha").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"holds no image files \(2 \.mha\)"):
         data.read(tmp_path)
 
 

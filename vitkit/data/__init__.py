@@ -1,7 +1,7 @@
 """Files in, batches out: `read` a data set, look at it with `check`, feed it with `loader.loader`.
 
-`images` what a data set is, `sources` what can be read, `pixels` how files are decoded, `splits`, `transforms`
-(views), `loader` (batches), `doctor` (the checks).
+`images` what a data set is, `sources` what can be read, `pixels` how files are decoded, `dicom` and `volume` how scans
+are, `splits`, `transforms` (views), `loader` (batches), `doctor` (the checks).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckReport", "Images", "check", "read"]
 _WHERE = {"CheckReport": "doctor", "check": "doctor", "Images": "images", "read": "sources"}
-_MODULES = frozenset({"doctor", "images", "loader", "pixels", "sources", "splits", "transforms"})
+_MODULES = frozenset(
+    {"dicom", "doctor", "images", "loader", "pixels", "scans", "sources", "splits", "transforms", "volume"}
+)
 
 
 def __getattr__(name: str) -> object:

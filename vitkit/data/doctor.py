@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import DataError
-from . import hashes
+from . import hashes, scan_check
 from .found import count, some
 from .images import SPLITS, Images
 from .inspection import Seen, inspect
@@ -119,6 +119,8 @@ def check(
     _sizes(report, images, seen)
     _kinds(report, images, seen)
     _colour(report, images, seen)
+    for severity, kind, files, advice in scan_check.problems(images, report.facts):
+        _add(report, severity, kind, files, advice)
     report.problems.sort(key=lambda problem: SEVERITIES.index(problem.severity))
     return report
 
@@ -149,11 +151,12 @@ def _broken(report: CheckReport, images: Images, seen: Sequence[Seen]) -> None:
         for kind, text in one.mask_trouble.items():
             masks[kind].append(text)
     for kind, names in kinds.items():
-        _add(report, "error", kind, names, _MEND)
+        _add(report, "error", kind, names, scan_check.MEND.get(kind, _MEND))
     for kind, texts in masks.items():
         _add(report, "error", kind, texts, "mend the masks: same size as the image, one class number a pixel")
     named = list(zip(images.names, seen, strict=True))
     flat = [name for name, one in named if one.flat and one.size != (1, 1)]
+    flat = scan_check.without_edges(images, flat)
     _add(report, "warning", "constant picture: shows nothing", flat, "remove them unless emptiness is a class")
     _add(report, "warning", "a single pixel", [name for name, one in named if one.size == (1, 1)], _MEND)
     half = [name for name, one in named if one.half]
@@ -192,7 +195,8 @@ def _near(report: CheckReport, images: Images, seen: Sequence[Seen], rows: np.nd
     advice = "saved again or hardly changed: keep one, or give both the same group"
     more = ", the first of many" if cut else ""
     _add(report, "warning", f"nearly the same picture in several splits{more}", text(pairs[same & across]), advice)
-    _add(report, "note", f"nearly the same picture twice{more}", text(pairs[same & ~across]), advice)
+    apart = ~scan_check.neighbours(images, rows[pairs])  # slices of one volume are meant to be alike
+    _add(report, "note", f"nearly the same picture twice{more}", text(pairs[same & ~across & apart]), advice)
     unlike = np.array([_different_labels(images, rows[pair].tolist()) for pair in pairs], bool)
     advice = "find out which label is right"
     _add(report, "warning", f"nearly the same picture with different labels{more}", text(pairs[same & unlike]), advice)

@@ -1,8 +1,9 @@
-"""Folders of image files: class folders, with or without splits above them, images with masks, pictures without labels."""
+"""Folders of image files, scans among them: class folders, perhaps below splits, images with masks, no labels."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from . import pixels
+from . import scans
 from .found import Found, class_names, count, encode, some, split_name
 from .images import SPLITS, Masks
 from .stores import FileStore
 
-_IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "frames", "pictures", "photos"})
+_IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "frames", "pictures", "photos", "imagestr"})
 # In this order when there are several; the last ones hold numbers of objects rather than of classes.
 _MASK_FOLDERS = [
     "masks",
@@ -27,6 +28,7 @@ _MASK_FOLDERS = [
     "segmentations",
     "segmentationclass",
     "annotations",
+    "labelstr",
     "instances",
 ]
 _MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_segmentation", "-mask")
@@ -75,7 +77,7 @@ def scan(root: Path) -> Tree:
                 if not (entry.is_symlink() and real in seen):
                     seen.add(real)
                     stack.append((entry.path, f"{prefix}{entry.name}/"))
-            elif pixels.is_image(entry.name):
+            elif scans.kind(entry.path):
                 files.append(prefix + entry.name)
             else:
                 others[Path(entry.name).suffix.lower() or entry.name] += 1
@@ -98,7 +100,11 @@ def read_masks(tree: Tree, deep: str) -> Found | None:
     if kind is None or not images:
         return None
     masks = {(at[1], _plain(at[2])): file for file, at in zip(tree.files, located, strict=True) if at and at[0] == kind}
-    pairs = [(image, masks.get((split, stem), ""), split) for (split, stem), image in images.items()]
+    first = lambda stem: stem.removesuffix("_0000")  # nnU-Net's name for the first channel  # noqa: E731
+    pairs = [
+        (image, masks.get((split, stem)) or masks.get((split, first(stem)), ""), split)
+        for (split, stem), image in images.items()
+    ]
     paired = [pair for pair in pairs if pair[1]]
     if not paired:
         examples = f"images: {some(images.values(), 2)}; {kind}: {some(masks.values(), 2)}"
@@ -127,7 +133,10 @@ def describe_masks(store: FileStore, there: np.ndarray, kind: str, folder: Path)
     values: set[int] = set()
     for row in rows:
         try:
-            values |= set(np.unique(Masks(store, binary=kind == "instances").array(row)).tolist())
+            if scans.kind(store.paths[row]) == "nifti":
+                values |= scans.mask_values(store.paths[row])
+            else:
+                values |= set(np.unique(Masks(store, binary=kind == "instances").array(row)).tolist())
         except DataError:
             continue  # one damaged mask must not stop reading: it is named when it is used, and by `vitkit check`
     names, ignore, file = class_names(folder)
@@ -154,7 +163,7 @@ def describe_masks(store: FileStore, there: np.ndarray, kind: str, folder: Path)
 
 def _locate(file: str) -> tuple[str, str | None, str] | None:
     """images/train/a.jpg or train/images/a.jpg -> ("image", "train", "a"); masks alike with their folder's name."""
-    parts = file.rsplit(".", 1)[0].split("/")
+    parts = re.sub(r"(\.nii)?\.[^./]*$", "", file).split("/")
     split = None
     for _ in range(2):  # the split may stand before the folder or after it
         if len(parts) > 1 and split is None and split_name(parts[0]):

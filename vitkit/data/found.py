@@ -41,6 +41,7 @@ class Found:
     masks: Masks | None = None
     said: list[str] = field(default_factory=list)
     rows: np.ndarray | None = None  # row of every picture in `store` (and of its mask); None: 0, 1, 2, ...
+    frames: np.ndarray | None = None  # the frame that a table asks for, -1 for all (DICOM and NIfTI only)
 
     def keep(self, index: np.ndarray) -> None:
         """Leave only the pictures at `index`."""
@@ -49,6 +50,7 @@ class Found:
         self.labels = None if self.labels is None else self.labels[index]
         self.split = None if self.split is None else self.split[index]
         self.group = None if self.group is None else self.group[index]
+        self.frames = None if self.frames is None else self.frames[index]
 
 
 def split_name(word: str) -> str | None:

@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test", "unlabelled")
 
 
 class Store(Protocol):
-    """Where pixels live: files, members of tar archives, or an array in memory."""
+    """Where pixels live: files, frames of scans, members of tar archives, or an array in memory."""
 
     def name(self, row: int) -> str:
         """What errors call the picture: a path that can be opened, or `file.npz[17]`."""
@@ -46,8 +46,7 @@ class Masks:
         """(H, W) uint8 class numbers."""
         name = self.store.name(row)
         raw = self.store.raw(row)
-        assert raw is not None  # masks are files
-        values = pixels.decode_mask(raw, name)
+        values = self.store.array(row) if raw is None else pixels.decode_mask(raw, name)  # None: a slice of a volume
         if self.binary:
             return (values > 0).astype(np.uint8)
         if values.size and values.max() > 255:

@@ -76,8 +76,16 @@ def _trouble(what: str) -> str:
         return "truncated file"
     if "cannot be read (" in what:
         return "missing or unreadable file"
-    if "not an image" in what:
+    if "not an image" in what or "not a DICOM file" in what or "holds no picture" in what:
         return "not an image"
+    if (
+        "nothing installed here can decode" in what
+        or "transfer syntax" in what
+        or "is beyond what is installed" in what
+    ):
+        return "compressed in a way that cannot be read here"
+    if "DICOM tags are missing" in what or "contradict each other" in what:
+        return "DICOM tags missing or wrong"
     if "decompression bomb" in what:
         return "too large"
     return "values without a known range" if "known meaning" in what or "not finite" in what else "corrupt file"

@@ -13,6 +13,7 @@ CMYK, YCbCr               RGB by PIL's formula, (1 - C)(1 - K) for CMYK; embedde
 float grey                accepted when all values lie in [0, 1] or else in [0, 255]; refused otherwise
 EXIF orientation          applied
 several frames or pages   the first
+DICOM                     `dicom.decode`, whatever the file is called (`sources.read` gives all frames and volumes)
 ========================  ===================================================================================
 """
 
@@ -49,6 +50,7 @@ SUFFIXES = frozenset(
     ]
 )
 DEEP = ("full", "minmax")
+_DICOM = (".dcm", ".dicom", ".dic", ".ima")
 _SIXTEEN = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _REPLACE = "replace the file by an intact copy or remove it from the data (`vitkit check` lists all such files)"
 
@@ -92,6 +94,10 @@ def decode(raw: bytes, name: str, *, deep: str = "full") -> tuple[np.ndarray, Fa
     """
     if deep not in DEEP:
         raise ConfigError(f"deep={deep!r} is not a way to read 16-bit images", fix=f"one of {', '.join(DEEP)}")
+    if raw[128:132] == b"DICM" or name.lower().endswith(_DICOM):
+        from . import dicom
+
+        return dicom.decode(raw, name)
     image, facts = _open(raw, name)
     try:
         array = _to_uint8(image, facts, name, deep)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from . import pixels
+from .dicom_tags import SUFFIXES as DICOM
 from .found import Found, class_names, count, encode, some, split_name
 from .stores import TarStore
 
@@ -72,7 +73,7 @@ def _index(path: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, str]]
                 stem, _, ending = file.partition(".")  # WebDataset: everything behind the first dot is the ending
                 if not member.isfile() or file.startswith("."):
                     continue
-                if pixels.is_image(file):
+                if pixels.is_image(file) or file.lower().endswith(DICOM):
                     pictures[folder + slash + stem] = (member.name, member.offset_data, member.size)
                 elif ending.lower() == "cls":
                     content = archive.extractfile(member)

@@ -13,10 +13,13 @@ from . import folders, tables
 from .found import Found, count, some
 from .images import Images
 from .pixels import DEEP
+from .scans import How, ScanStore, kind
 from .splits import complete, leaks
+from .stores import FileStore
+from .unfold import unfold
 
 BUILT_IN = ("digits",)
-_ACCEPTED = "a folder, a .csv, .parquet or .npz file, tar shards, or " + ", ".join(BUILT_IN)
+_ACCEPTED = "a folder, a .csv, .parquet or .npz file, tar shards, a DICOM or NIfTI file, or " + ", ".join(BUILT_IN)
 
 
 def read(
@@ -30,14 +33,20 @@ def read(
     val_fraction: float = 0.15,
     test_fraction: float = 0.2,
     deep: str = "full",
+    frames: str | int = "all",
+    plane: str = "axial",
+    window: tuple[float, float] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Images:
     """Index a data set: a folder (class folders, splits above them, images/ + masks/, or no labels), a table, an .npz,
-    tar shards, or "digits".
+    tar shards, a DICOM or NIfTI file, or "digits".
 
     `label_columns` is a list, or one string with commas; `[]` reads without labels. Splits that the data give are
     kept; missing ones are drawn with `split_seed` (see `splits.complete`). `deep`: what 16-bit pictures become, see
-    `pixels`. `say` gets every sentence of `Images.understood`. Raises DataError naming file, value and fix.
+    `pixels`. DICOM and NIfTI: every frame and slice is an image; `frames` takes "all", the "middle" one or so many of
+    each volume, `plane` says how NIfTI is cut (axial, coronal, sagittal), `window` is (centre, width) in HU or the
+    file's units instead of the file's own. `say` gets every sentence of `Images.understood`. Raises DataError naming
+    file, value and fix.
     """
     if isinstance(spec, Images):
         return spec
@@ -47,7 +56,10 @@ def read(
         label_columns = label_columns.split(",")
     labels = None if label_columns is None else [name.strip() for name in label_columns if name.strip()]
     columns = tables.Columns(image_column, labels, mask_column, group_column)
-    found = _find(spec, columns, deep)
+    how = How(frames, plane, window)
+    found = unfold(_find(spec, columns, deep), how)
+    if how != How() and not isinstance(found.store, ScanStore):
+        raise ConfigError(f"{spec}: frames, plane and window are for DICOM and NIfTI", fix="leave them out")
     images = _finish(found, val=val_fraction, test=test_fraction, seed=split_seed)
     if say is not None:
         for sentence in images.understood:
@@ -68,6 +80,9 @@ def _find(spec: str | Path, columns: tables.Columns, deep: str) -> Found:
         raise DataError(f"{spec}: there is no such file or folder", fix=_like(path))
     if path.is_dir():
         return _folder(path, columns, deep)
+    if kind(str(path)) in ("dicom", "nifti"):
+        one = Found(path.name, FileStore([str(path)], deep), [path.name], said=[f"one file, {path.name}"])
+        return _without_table(one, columns, str(spec))
     suffix = path.suffix.lower()
     if suffix in tables.SUFFIXES:
         return tables.read_table(path, columns, deep)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DataError
-from . import arrays, pixels
+from . import arrays, scans
 from .folders import describe_masks
 from .found import SPLIT_NAMES, Found, by_name, choose, count, some, split_name, which
 from .images import SPLITS
@@ -54,6 +54,7 @@ _GROUP = [
     "slide_id",
 ]
 _SPLIT = ["split", "subset", "partition", "set"]
+_FRAME = ["frame", "frame_number", "frame_index", "slice", "slice_index"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def read_table(path: Path, columns: Columns, deep: str) -> Found:
             raise DataError(f"{path}: there is no column {name!r}", fix=choose(name, list(table)))
     found, used = _pictures(table, path, columns, deep)
     used |= {name for name in (columns.mask, columns.group) if name}
+    _frames(found, table, path, used)
     used.add(_splits(found, table, path, used))
     group_column = columns.group or by_name(table, _GROUP, used, ending="_group")
     if group_column:
@@ -166,7 +168,7 @@ def _pictures(table: pd.DataFrame, path: Path, columns: Columns, deep: str) -> t
     files = [str(path.parent / value) for value in values]  # an absolute name replaces the folder
     _require_files(files, values, path, column, "file")
     endings = sorted({f".{os.path.basename(value).partition('.')[2].lower()}" for value in values} - {"."})
-    if endings and not any(map(_is_image, values)):
+    if endings and not any(os.path.isdir(file) or scans.kind(file) for file in files):
         fix = "convert them to PNG or JPEG, or name another image_column"
         raise DataError(
             f"{path}: column {column!r} names files that are not read as images ({some(endings, 4)})", fix=fix
@@ -175,7 +177,8 @@ def _pictures(table: pd.DataFrame, path: Path, columns: Columns, deep: str) -> t
 
 
 def _require_files(files: list[str], values: list[str], path: Path, column: str, what: str) -> None:
-    lost = [value for value, file in zip(values, files, strict=True) if not os.path.isfile(file)]
+    there = os.path.exists if what == "file" else os.path.isfile  # a folder may be a DICOM series
+    lost = [value for value, file in zip(values, files, strict=True) if not there(file)]
     if lost:
         verb = "does" if len(lost) == 1 else "do"
         raise DataError(
@@ -190,7 +193,25 @@ def _looks_like_files(table: pd.DataFrame) -> str | None:
 
 
 def _is_image(value: str) -> bool:
-    return pixels.is_image(os.path.basename(value))
+    return scans.by_ending(os.path.basename(value))
+
+
+def _frames(found: Found, table: pd.DataFrame, path: Path, used: set[str]) -> None:
+    """A column `frame` or `slice` beside DICOM or NIfTI files: that frame of the file, an empty cell for all."""
+    column = by_name(table, _FRAME, used)
+    if column is None or not isinstance(found.store, FileStore):
+        return
+    if not any(scans.kind(file) in ("dicom", "nifti") for file in found.store.paths):
+        return
+    cells = table[column].tolist()
+    wrong = np.array([cell != "" and not cell.isdecimal() for cell in cells])
+    if wrong.any():
+        fix = "numbers of frames from 0 on, or empty for all"
+        raise DataError(f"{path}: column {column!r} holds {some(np.array(cells)[wrong], 3)} ({which(wrong)})", fix=fix)
+    found.frames = np.array([int(cell) if cell else -1 for cell in cells], np.int64)
+    found.names = [f"{name}[{cell}]" if cell else name for name, cell in zip(found.names, cells, strict=True)]
+    found.said.append(f"frames from column {column!r}")
+    used.add(column)
 
 
 def _archive(path: Path) -> Path | None:
