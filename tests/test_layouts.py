@@ -266,3 +266,65 @@ def test_foreign_files_are_named(names, words):
 def test_tensors_that_collide_without_wrappers():
     with pytest.raises(WeightsError, match="1 tensors appear twice"):
         layouts.read({"_orig_mod.a": torch.ones(1), "a": torch.ones(1)})
+
+
+def clip(width=DIM, depth=2, prefix="visual."):
+    """OpenAI's CLIP: the visual tower under `visual.`, the text tower beside it."""
+    out = {
+        "class_embedding": torch.randn(width),
+        "conv1.weight": torch.randn(width, 3, PATCH, PATCH),
+        "positional_embedding": torch.randn(17, width),
+        "proj": torch.randn(width, 12),
+    }
+    out |= {f"ln_{end}.{kind}": torch.randn(width) for end in ("pre", "post") for kind in ("weight", "bias")}
+    for i in range(depth):
+        block = f"transformer.resblocks.{i}"
+        shapes = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+        for layer, rows, columns in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", 4 * width, width),
+            ("mlp.c_proj", width, 4 * width),
+        ):
+            shapes |= {f"{layer}.weight": (rows, columns), f"{layer}.bias": (rows,)}
+        shapes |= {f"ln_{k}.{kind}": (width,) for k in (1, 2) for kind in ("weight", "bias")}
+        out |= {f"{block}.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    return {prefix + name: value for name, value in out.items()}
+
+
+def test_clips_visual_tower_beside_its_text_tower():
+    text = {"positional_embedding": torch.randn(9, 8), "ln_final.weight": torch.randn(8), "logit_scale": torch.ones(())}
+    text |= {"transformer.resblocks.0.ln_1.weight": torch.randn(8)}
+    file = clip() | text
+    reading = layouts.read(file)
+    assert reading.kind == "CLIP's visual ViT" and same(reading.extras, text)
+    assert reading.hints["norm_eps"] == 1e-5 and reading.hints["act_layer"] == "quick_gelu"
+    assert torch.equal(reading.head["head.weight"], file["visual.proj"].T)
+    assert reading.vit["cls_token"].shape == (1, 1, DIM) and reading.vit["pos_embed"].shape == (1, 17, DIM)
+    expected = {
+        "attn.in_proj_weight": "attn.qkv.weight",
+        "attn.out_proj.bias": "attn.proj.bias",
+        "mlp.c_fc.weight": "mlp.fc1.weight",
+        "mlp.c_proj.bias": "mlp.fc2.bias",
+        "ln_2.weight": "norm2.weight",
+    }
+    for old, new in expected.items():
+        assert torch.equal(reading.vit[f"blocks.1.{new}"], file[f"visual.transformer.resblocks.1.{old}"])
+    assert reading.summary(len(file)).startswith(
+        "read as CLIP's visual ViT: 31 tensors used, 1 in the head, 3 text tower"
+    )
+
+
+def test_dvpts_prompts_beside_clip_are_kept_aside():
+    prompts = {"encoder.prompt_token": torch.randn(1, 4, DIM)}
+    prompts |= {
+        "encoder.transformer.resblocks.0.prompt_proj.prompt_gate": torch.zeros(1),
+        "fc_head.weight": torch.ones(3, 12),
+    }
+    reading = layouts.read(clip(prefix="encoder.") | prompts)
+    assert not reading.head and set(reading.extras) == {
+        "prompt_token",
+        "transformer.resblocks.0.prompt_proj.prompt_gate",
+        "proj",
+        "fc_head.weight",
+    }
+    assert "its prompts are kept aside: vitkit.adapt.dvpt takes them" in reading.notes

@@ -228,3 +228,88 @@ def test_maps_serve_other_trunks_too():
     with torch.no_grad():
         assert torch.equal(tokens.maps(vit, x)[0], tokens.encode(vit, x).map)
         assert tokens.maps(timm.create_model("resnet18").eval(), x)[0].shape == (2, 512, 2, 2)
+
+
+def learned(count: int = 3, width: int = 48) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_that_ask_nothing_equal_full_tokens_that_are_dropped(name):
+    """Learned tokens as keys only: the numbers of putting them in front of timm's own block and cutting them off."""
+    from vitkit.parts.blocks import Steps, add_prefix_tokens, extend, join_keys
+
+    class Keys(Steps):
+        def extra_keys(self):
+            return join_keys(super().extra_keys(), self.own)
+
+    vit, x = make(name), images((64, 112))
+    full = make(name)
+    for block in vit.blocks:
+        extend(block, Keys)
+        block.own = learned()
+    with torch.no_grad():
+        stream = tokens.embed(full, x)
+        y = stream.x
+        for index, block in enumerate(full.blocks):
+            add_prefix_tokens(full, block, 3)
+            y = torch.cat([learned().expand(len(y), -1, -1), y], dim=1)
+            y = block(y, **tokens.rope_for(full, stream.rope, index))[:, 3:]
+        assert close(full.norm(y), tokens.encode(vit, x).all, 2e-6)
+        assert torch.equal(vit.forward_features(x), tokens.encode(vit, x).all)  # timm's own way through the blocks
+        maps = tokens.attention_maps(vit, x, layers=[0])[0]
+    assert maps.shape[-1] == maps.shape[-2] + 3
+    assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_some_rows_of_attention_alone(name):
+    vit, x = make(name), images((64, 112))
+    stream = tokens.embed(vit, x)
+    with torch.no_grad():
+        for index, block in enumerate(vit.blocks):
+            kwargs = tokens.rope_for(vit, stream.rope, index)
+            whole = tokens.attend(block, stream.x, **kwargs)
+            for rows in (1, vit.num_prefix_tokens + 4):
+                assert close(tokens.attend(block, stream.x, queries=rows, **kwargs), whole[:, :rows], 2e-6)
+            weights, values = tokens.attention_values(block, stream.x, queries=2, **kwargs)
+            assert weights.shape[2:] == (2, stream.x.shape[1]) and values.shape[2] == stream.x.shape[1]
+            stream = tokens.run(vit, stream, index, index + 1)
+
+
+@pytest.mark.parametrize("name", ["plain", "dinov3", "no_class_token", "dinov2_registers", "rope_mixed"])
+def test_prompts_that_run_along_are_kept_apart(name):
+    from vitkit.parts.blocks import Steps, add_prefix_tokens, extend
+
+    class Front(Steps):
+        def entering(self, x):
+            return torch.cat([learned().expand(len(x), -1, -1), super().entering(x)], dim=1)
+
+    vit, x = make(name), images((64, 112))
+    count = vit.num_prefix_tokens
+    extend(vit.blocks[1], Front)
+    for block in vit.blocks[1:]:
+        add_prefix_tokens(vit, block, 3)
+    with torch.no_grad():
+        found = tokens.encode(vit, x, layers=[0, 1])
+        assert found.taps[0].prompts is None and found.taps[1].prompts.shape == (2, 3, 48)
+        assert found.prefix.shape[1] == count and found.patches.shape[1] == 28
+        assert torch.equal(found.all, vit.forward_features(x))
+        assert tokens.maps(vit, x, layers=2)[1].shape == (2, 48, 4, 7)
+        assert tokens.attention_maps(vit, x, layers=[1])[0].shape[-2:] == (3 + count + 28,) * 2
+        kept = tokens.encode(vit, x, keep=torch.arange(9).expand(2, -1))
+    assert kept.patches.shape[1] == 9 and kept.prompts.shape[1] == 3
+
+
+def test_differential_attention_takes_learned_keys_too():
+    from vitkit.parts.attention import attention, weights
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "img_size": 64, "attn_layer": "diff"}).eval()
+    attn, x, own = vit.blocks[0].attn, torch.randn(2, 17, 48), learned()
+    with torch.no_grad():
+        want = attn(torch.cat([own.expand(2, -1, -1), x], dim=1))[:, 3:]
+        assert close(attention(attn, x, extra=own), want, 1e-6)
+        assert close(attention(attn, x, extra=own, queries=2), want[:, :2], 1e-6)
+    with pytest.raises(WeightsError, match="no single map of weights"):
+        weights(attn, x)

@@ -8,6 +8,8 @@ no architecture and drops nothing silently.
     VideoMAE, BEiT    `q_bias`/`v_bias` beside a fused `qkv.weight`, `gamma_1`/`gamma_2`
     MAE               `decoder_*` and `mask_token` beside a plain encoder, or the encoder alone
     DINOv2            `register_tokens`, `mask_token` (1, D), chunked blocks, SwiGLU `w12`/`w3`
+    DINOv3            `storage_tokens`, `rope_embed.periods` (vitkit.parts.dinov3)
+    CLIP              the visual tower of OpenAI and open_clip, `transformer.resblocks.*`; DVPT's prompts beside it
     plain             timm, DeiT, DINO, MoCo v3, fine-tuned MAE (`fc_norm`)
 
 Wrappers (`module.`, `_orig_mod.`, ...) and any prefix in front of the trunk (`backbone.`, `encoder.`, ...) are removed.
@@ -24,10 +26,13 @@ import torch
 from torch import Tensor
 
 from vitkit.errors import WeightsError
+from vitkit.parts.dinov3 import is_dinov3, to_timm
 from vitkit.parts.positions import is_sincos
 
 Tensors = dict[str, Tensor]
 ANCHOR = "patch_embed.proj.weight"
+CLIP_ANCHOR = "class_embedding"  # of CLIP's visual tower; its text tower has none
+_KINDS = ("weight", "bias")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Of two trunks in one file, the one that the authors evaluate.
 _PREFERRED = (("base_encoder.", "momentum_encoder."),)
@@ -66,6 +71,7 @@ def read(tensors: Mapping[str, Tensor], *, plain: bool = False) -> Reading:
     prefix = trunk_prefix(named)
     inner = {name[len(prefix) :]: value for name, value in named.items() if name.startswith(prefix)}
     outer = {name: value for name, value in named.items() if not name.startswith(prefix)}
+    plain = plain and not is_dinov3(inner)
     reading = (_plain if plain else next(reader for recognises, reader in READERS if recognises(inner)))(inner)
     if prefix == "base_encoder.":  # MoCo v3: its projector is called head, and its ViT-S has 12 heads instead of 6
         reading.kind, reading.notes, reading.positions = "MoCo v3 encoder", [], "timm"
@@ -94,7 +100,11 @@ def unwrap(tensors: Mapping[str, Tensor]) -> Tensors:
 def trunk_prefix(names: Iterable[str]) -> str:
     """What stands in front of the trunk's names. Raises WeightsError when no trunk, or more than one, is found."""
     names = list(names)
-    found = [name[: -len(ANCHOR)] for name in names if name == ANCHOR or name.endswith("." + ANCHOR)]
+    found = _in_front_of(ANCHOR, names)
+    if not found:
+        found = [
+            p for p in _in_front_of(CLIP_ANCHOR, names) if f"{p}conv1.weight" in names and f"{p}ln_pre.weight" in names
+        ]
     for preferred, other in _PREFERRED:
         if preferred in found and other in found:
             found.remove(other)
@@ -109,6 +119,10 @@ def trunk_prefix(names: Iterable[str]) -> str:
         f"no ViT is recognised: there is no '{ANCHOR}' among {len(names)} tensors ({_foreign(names)})",
         fix="convert it to timm's names, or load the same model by its timm name",
     )
+
+
+def _in_front_of(anchor: str, names: list[str]) -> list[str]:
+    return [name[: -len(anchor)] for name in names if name == anchor or name.endswith("." + anchor)]
 
 
 def _foreign(names: list[str]) -> str:
@@ -130,10 +144,13 @@ def _foreign(names: list[str]) -> str:
 def _plain(tensors: Tensors) -> Reading:
     """timm, DeiT, DINO and fine-tuned MAE; a MAE encoder without its decoder is known by its fixed position table."""
     head = {n: v for n, v in tensors.items() if n.startswith(("head.", "head_dist."))}
-    extras = {n: v for n, v in tensors.items() if n.startswith("pre_logits.")}
+    extras = {n: v for n, v in tensors.items() if n.startswith(("pre_logits.", "vpt."))}
     vit = {n: v for n, v in tensors.items() if n not in head and n not in extras}
     reading = Reading(vit, extras, head, "timm-style ViT")
-    if extras:  # the 21k representation layer sits between feature and head; timm leaves both out as well
+    if "vpt.prompt_embeddings" in extras:
+        reading.kind = "Prompt-CAM"
+        reading.notes.append("its prompts are kept aside: vitkit.explain.prompt_cam takes them")
+    elif extras:  # the 21k representation layer sits between feature and head; timm leaves both out as well
         reading.extras.update(head)
         reading.head = {}
         reading.notes.append("the representation layer of ImageNet-21k weights and the head on it are left out")
@@ -182,6 +199,13 @@ def _dinov2(tensors: Tensors) -> Reading:
     return reading
 
 
+def _dinov3(tensors: Tensors) -> Reading:
+    """facebookresearch/dinov3: timm's `Eva`, whose rotary settings the recorded periods prove."""
+    vit, extras, hints, notes = to_timm(tensors)
+    head = {n: vit.pop(n) for n in list(vit) if n.startswith("head.")}
+    return Reading(vit, extras, head, "DINOv3", notes, hints=hints)
+
+
 def _adaptformer(tensors: Tensors) -> Reading:
     """ShoufaChen/AdaptFormer: q, k, v stacked in that order, `fc1`/`fc2` into the MLP; adapters and prompts put aside."""
     extras = {n: v for n, v in tensors.items() if ".adaptmlp." in n or n.startswith("embeddings.")}
@@ -224,9 +248,49 @@ def _biases_apart(tensors: Tensors) -> Reading:
     return reading
 
 
+def _clip(tensors: Tensors) -> Reading:
+    """OpenAI's CLIP, visual tower: a pre-norm ViT with a quick GELU whose head is the projection into the shared space.
+    In a DVPT checkpoint (prompts beside it) the projection is part of the classifier and is put aside with the rest."""
+    named: Tensors = {}
+    extras = {n: v for n, v in tensors.items() if "prompt" in n}
+    for name, value in tensors.items():
+        if name in extras or name == "proj":
+            continue
+        block = _CLIP_BLOCK.fullmatch(name)
+        new = f"blocks.{block[1]}.{_CLIP_NAMES.get(block[2], block[2])}" if block else _CLIP_NAMES.get(name, name)
+        named[new] = value
+    width = named["cls_token"].shape[0]
+    named["cls_token"], named["pos_embed"] = named["cls_token"].view(1, 1, -1), named["pos_embed"].unsqueeze(0)
+    hints = {"num_heads": {width: width // 64} if width % 64 == 0 else {}, "norm_eps": 1e-5, "act_layer": "quick_gelu"}
+    head: Tensors = {}
+    notes = []
+    if extras:
+        extras |= {n: v for n, v in tensors.items() if n == "proj"}
+        notes = ["its prompts are kept aside: vitkit.adapt.dvpt takes them"]
+    elif "proj" in tensors:
+        head = {"head.weight": tensors["proj"].T}
+    return Reading(named, extras, head, "CLIP's visual ViT", notes, positions="mae", hints=hints)
+
+
+_CLIP_TEXT = ("transformer.resblocks.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_CLIP_NAMES = {
+    "conv1.weight": ANCHOR,
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    **{f"ln_{old}.{kind}": f"{new}.{kind}" for old, new in (("pre", "norm_pre"), ("post", "norm")) for kind in _KINDS},
+    **{f"ln_{i}.{kind}": f"norm{i}.{kind}" for i in (1, 2) for kind in _KINDS},
+    **{f"attn.in_proj_{kind}": f"attn.qkv.{kind}" for kind in _KINDS},
+    **{f"attn.out_proj.{kind}": f"attn.proj.{kind}" for kind in _KINDS},
+    **{f"mlp.c_{old}.{kind}": f"mlp.{new}.{kind}" for old, new in (("fc", "fc1"), ("proj", "fc2")) for kind in _KINDS},
+    "ls_1.gamma": "ls1.gamma",
+    "ls_2.gamma": "ls2.gamma",
+}
 _SPLIT = re.compile(r"\.attn\.[qkv]_proj\.")
 _DINO_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 READERS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Reading]], ...] = (
+    (lambda names: CLIP_ANCHOR in names and ANCHOR not in names, _clip),
+    (is_dinov3, _dinov3),
     (lambda names: any(_SPLIT.search(n) for n in names) and "blocks.0.fc1.weight" in names, _adaptformer),
     (lambda names: "blocks.0.attn.q_bias" in names, _biases_apart),
     (lambda names: any(n.startswith("decoder") or "feature_pred." in n for n in names), _mae),
@@ -254,9 +318,10 @@ def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
     decoder = any(name.startswith("decoder") for name in left)  # DINOv2 has a mask token without one
     words = (
         ("adapter tensors", lambda n: ".adaptmlp." in n),
-        ("prompt tensors", lambda n: n.startswith("embeddings.")),
+        ("prompt tensors", lambda n: n.startswith("embeddings.") or "prompt" in n),
         ("decoder tensors", lambda n: decoder and n.startswith(("decoder", "mask_token", "encoder_to_decoder"))),
         ("tensors of the momentum encoder", lambda n: n.startswith("momentum_encoder.")),
+        ("text tower tensors", lambda n: n.startswith(_CLIP_TEXT)),
         ("projection head tensors", lambda n: n.startswith(("head.", "dino_head.", "ibot_head.", "predictor."))),
     )
     found: list[tuple[str, int]] = []

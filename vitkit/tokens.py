@@ -19,31 +19,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.layers.pos_embed_sincos import apply_keep_indices_nlc, apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitkit.errors import ConfigError, WeightsError
+from vitkit.parts.attention import attention, weights
 
 ViT = VisionTransformer | Eva
 
 
 @dataclass
 class Tokens:
-    """Tokens of a batch: `prefix` (B, P, D) and `patches` (B, N or K, D), on `grid`; `keep` (B, K) where a subset ran."""
+    """Tokens of a batch: `prefix` (B, P, D) and `patches` (B, N or K, D), on `grid`; `keep` (B, K) where a subset ran;
+    `prompts` (B, n, D) where an adaptation has put learned tokens in front that run along."""
 
     prefix: Tensor
     patches: Tensor
     grid: tuple[int, ...]
     keep: Tensor | None = None
     taps: list[Tokens] = field(default_factory=list)
+    prompts: Tensor | None = None
 
     @property
     def all(self) -> Tensor:
-        """Prefix and patches in timm's order, (B, P + N, D)."""
-        return torch.cat([self.prefix, self.patches], dim=1)
+        """Prompts (if any), prefix and patches, in the order in which the blocks see them, (B, n + P + N, D)."""
+        front = [] if self.prompts is None else [self.prompts]
+        return torch.cat([*front, self.prefix, self.patches], dim=1)
 
     @property
     def map(self) -> Tensor:
@@ -55,12 +59,14 @@ class Tokens:
 
 @dataclass
 class Stream:
-    """What flows through the blocks: `x` (B, P + K, D) and the rotary tables that belong to exactly these tokens."""
+    """What flows through the blocks: `x` (B, n + P + K, D), its first n = `prompts` tokens learned ones, and the rotary
+    tables that belong to exactly these patches."""
 
     x: Tensor
     rope: Any
     grid: tuple[int, ...]
     keep: Tensor | None = None
+    prompts: int = 0
 
 
 def require_vit(vit: nn.Module) -> ViT:
@@ -152,24 +158,32 @@ def embed(
     prefix, positions, rope = _stem(vit, grid, patches)
     if positions is not None:
         patches = patches + (positions if keep is None else _take(positions.expand(images.shape[0], -1, -1), keep))
-    x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
-    x = vit.norm_pre(vit.pos_drop(x))
+    x = vit.pos_drop(torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1))
+    prompts = 0
+    if hasattr(vit, "front_prompts"):  # learned tokens that run along from the start, e.g. DVPT's
+        front = vit.front_prompts()
+        prompts, x = front.shape[1], torch.cat([front.expand(images.shape[0], -1, -1), x], dim=1)
+    x = vit.norm_pre(x)
     if keep is not None and rope is not None:
         rope = apply_keep_indices_nlc(x, rope, keep)  # (B, ...): one table a sample from here on
         rope = rope.transpose(0, 1) if getattr(vit, "rope_mixed", False) else rope.unsqueeze(1)
-    return Stream(x, rope, grid, keep)
+    return Stream(x, rope, grid, keep, prompts)
 
 
 def run(vit: nn.Module, stream: Stream, start: int = 0, stop: int | None = None) -> Stream:
-    """`stream` after blocks start..stop-1 (all the rest when `stop` is None)."""
-    x = stream.x
+    """`stream` after blocks start..stop-1 (all the rest when `stop` is None).
+
+    A block that returns more tokens than it was given has put new prompts in front (vitkit.parts.blocks).
+    """
+    x, prompts = stream.x, stream.prompts
     blocks = list(vit.blocks)
     again = getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled()
     for index in range(start, len(blocks) if stop is None else stop):
         kwargs = rope_for(vit, stream.rope, index)
-        block = blocks[index]
+        block, count = blocks[index], x.shape[1]
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if again else block(x, **kwargs)
-    return Stream(x, stream.rope, stream.grid, stream.keep)
+        prompts += x.shape[1] - count
+    return Stream(x, stream.rope, stream.grid, stream.keep, prompts)
 
 
 def rope_for(vit: nn.Module, rope: Any, index: int) -> dict[str, Any]:
@@ -182,8 +196,9 @@ def rope_for(vit: nn.Module, rope: Any, index: int) -> dict[str, Any]:
 def finish(vit: nn.Module, stream: Stream, *, norm: bool = True) -> Tokens:
     """Split a stream into `Tokens`, after the final norm when `norm`."""
     x = vit.norm(stream.x) if norm else stream.x
-    count = vit.num_prefix_tokens
-    return Tokens(x[:, :count], x[:, count:], stream.grid, stream.keep)
+    start, stop = stream.prompts, stream.prompts + vit.num_prefix_tokens
+    prompts = x[:, :start] if start else None
+    return Tokens(x[:, start:stop], x[:, stop:], stream.grid, stream.keep, prompts=prompts)
 
 
 def feature(vit: nn.Module, images: Tensor) -> Tensor:
@@ -194,29 +209,41 @@ def feature(vit: nn.Module, images: Tensor) -> Tensor:
 def dense(vit: nn.Module, tokens: Tokens) -> Tokens:
     """Tokens fit for dense use: models with a norm only after pooling (`fc_norm`) get it applied to each token."""
     if isinstance(vit.norm, nn.Identity) and not isinstance(vit.fc_norm, nn.Identity):
-        return Tokens(vit.fc_norm(tokens.prefix), vit.fc_norm(tokens.patches), tokens.grid, tokens.keep)
+        prompts = None if tokens.prompts is None else vit.fc_norm(tokens.prompts)
+        prefix, patches = vit.fc_norm(tokens.prefix), vit.fc_norm(tokens.patches)
+        return Tokens(prefix, patches, tokens.grid, tokens.keep, prompts=prompts)
     return tokens
 
 
 def logits(vit: nn.Module, images: Tensor) -> Tensor:
-    """Class scores (B, C): the head on `encode`'s tokens. Equals `vit(images)` under timm's position rule."""
-    return vit.forward_head(encode(vit, images).all)
+    """Class scores (B, C): the head on `encode`'s tokens. Equals `vit(images)` under timm's position rule.
+
+    A ViT whose head reads only some tokens may offer `class_scores(images)`, the same numbers without the rest.
+    """
+    scores = getattr(vit, "class_scores", None)
+    return vit.forward_head(encode(vit, images).all) if scores is None else scores(images)
 
 
 def maps(model: nn.Module, images: Tensor, *, layers: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
-    """Feature maps (B, D, h, w) of any timm trunk, ViT or not, through timm's `forward_intermediates`."""
-    kwargs: dict[str, Any] = {"indices": layers, "intermediates_only": True}
-    if isinstance(model, VisionTransformer | Eva):
-        kwargs["norm"] = norm
-    return model.forward_intermediates(images, **kwargs)
+    """Feature maps (B, D, h, w) of any timm trunk: `encode`'s taps for a ViT, else timm's `forward_intermediates`.
+
+    layers: block or stage indices, or how many of the last ones.
+    """
+    if not isinstance(model, VisionTransformer | Eva):
+        return model.forward_intermediates(images, indices=layers, intermediates_only=True)
+    wanted = range(-layers, 0) if isinstance(layers, int) else layers
+    return [tap.map for tap in encode(model, images, layers=list(wanted), norm=norm).taps]
 
 
-def attend(block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
-    """First half of a block: x + attention branch. `kwargs` are those of the block's forward (rope, attn_mask)."""
+def attend(block: nn.Module, x: Tensor, queries: int | None = None, **kwargs: Any) -> Tensor:
+    """First half of a block: x + attention branch. `kwargs` are those of the block's forward (rope, attn_mask).
+
+    queries: compute only the first so many rows, (B, queries, D); keys and values still come from all of `x`.
+    """
     halves = getattr(block, "attend", None)
     if halves is not None:  # a block extended by vitkit.parts.blocks
-        return halves(x, **kwargs)
-    return attend_plain(block, x, **kwargs)
+        return halves(x, queries=queries, **kwargs)
+    return attend_plain(block, x, queries, **kwargs)
 
 
 def transform(block: nn.Module, x: Tensor) -> Tensor:
@@ -225,18 +252,24 @@ def transform(block: nn.Module, x: Tensor) -> Tensor:
     return halves(x) if halves is not None else x + mlp_branch(block, x)
 
 
-def attend_plain(block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
-    """The attention half of timm's own two block classes."""
-    out = block.attn(block.norm1(x), **kwargs)
-    return x + block.drop_path1(_scaled(block, out, 1))
+def attend_plain(
+    block: nn.Module, x: Tensor, queries: int | None = None, extra: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """The attention half of timm's own two block classes; `extra` (E, D) are tokens that are only looked at."""
+    if queries is None and extra is None:
+        out = block.attn(block.norm1(x), **kwargs)
+    else:
+        seen = None if extra is None else block.norm1(extra)
+        out = attention(block.attn, block.norm1(x), queries=queries, extra=seen, **kwargs)
+    return x[:, :queries] + block.drop_path1(scaled(block, out, 1))
 
 
 def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
     """What timm's MLP half adds to the residual stream, layer scale and drop-path included."""
-    return block.drop_path2(_scaled(block, block.mlp(block.norm2(x)), 2))
+    return block.drop_path2(scaled(block, block.mlp(block.norm2(x)), 2))
 
 
-def _scaled(block: nn.Module, out: Tensor, half: int) -> Tensor:
+def scaled(block: nn.Module, out: Tensor, half: int) -> Tensor:
     """Layer scale: modules ls1/ls2 in `Block`, parameters gamma_1/gamma_2 (or None) in `EvaBlock`."""
     if isinstance(block, Block):
         return (block.ls1 if half == 1 else block.ls2)(out)
@@ -252,9 +285,11 @@ def _scaled(block: nn.Module, out: Tensor, half: int) -> Tensor:
 def attention_maps(
     vit: nn.Module, images: Tensor, *, layers: Sequence[int] = (-1,), keep: Tensor | None = None
 ) -> list[Tensor]:
-    """Softmax attention (B, heads, T, T) inside each asked block, T = P + N tokens (prefix first), recomputed exactly.
+    """Softmax attention (B, heads, T, E + T) inside each asked block, recomputed exactly.
 
-    Fused attention returns no weights; this evaluates softmax(scale q k^T) from the block's own parameters.
+    T = n + P + N tokens (flowing prompts, prefix, patches), which ask and are looked at; E learned keys of the block that
+    are only looked at (VPT's prompts) take the first columns. Fused attention returns no weights; this evaluates
+    softmax(scale q k^T) from the block's own parameters.
     """
     vit = require_vit(vit)
     stream = embed(vit, images, keep=keep)
@@ -269,36 +304,19 @@ def attention_maps(
     return [found[i] for i in wanted]
 
 
-def attention_of(block: nn.Module, x: Tensor, rope: Tensor | None = None) -> Tensor:
-    """The attention weights (B, heads, T, T) of `block` on its input `x` (B, T, D)."""
-    attn = block.attn
-    x = block.norm1(x)
-    q, k = _queries_keys(attn, x)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        skip, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
-        q, k = (
-            torch.cat([t[:, :, :skip], apply_rot_embed_cat(t[:, :, skip:], rope, half=half)], dim=2).type_as(x)
-            for t in (q, k)
-        )
-    groups = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(groups, dim=1) if groups > 1 else k
-    return (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+def attention_of(block: nn.Module, x: Tensor, rope: Tensor | None = None, queries: int | None = None) -> Tensor:
+    """The attention weights (B, heads, T, E + T) of `block` on what enters its attention, `x` (B, T, D); of the first
+    `queries` rows alone where asked."""
+    return attention_values(block, x, rope, queries)[0]
 
 
-def _queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    batch, count, _ = x.shape
-    if getattr(attn, "qkv", None) is None:  # separate projections
-        pair = attn.q_proj(x), attn.k_proj(x)
-        q, k = (t.reshape(batch, count, -1, attn.head_dim).transpose(1, 2) for t in pair)
-        return q, k
-    if getattr(attn, "q_bias", None) is not None:  # EvaAttention keeps its biases beside the layer
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-    else:
-        qkv = attn.qkv(x)
-    q, k, _ = qkv.reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k
+def attention_values(
+    block: nn.Module, x: Tensor, rope: Tensor | None = None, queries: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention_of`, and the values (B, heads, E + T, d) that these weights are applied to."""
+    extra = block.extra_keys() if hasattr(block, "extra_keys") else None
+    seen = None if extra is None else block.norm1(extra)
+    return weights(block.attn, block.norm1(x), queries=queries, extra=seen, rope=rope)
 
 
 def _layer(vit: ViT, index: int) -> int:
@@ -349,7 +367,7 @@ def _stem(vit: ViT, grid: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor
     drop, training = vit.pos_drop, vit.pos_drop.training
     drop.training = False
     try:
-        out = vit._pos_embed(zeros)
+        out = getattr(vit, "plain_pos_embed", vit._pos_embed)(zeros)
     finally:
         drop.training = training
     table, rope = out if isinstance(out, tuple) else (out, None)

@@ -3,12 +3,13 @@
 Paper: Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119); initialisation and recipe as the baseline in
 AdaptFormer's code (`vpt_on`), whose author used one prompt for images.
 
-What happens, and where: before block i its prompts (1, P, D) are put in front, after it they are dropped
-(`PromptSteps`). No dropout, no positions; rotary attention leaves them unrotated.
+What happens, and where: before block i its prompts (1, P, D) are put in front, after it they are dropped. So they are
+nothing but keys and values of that block's attention (`PromptSteps.extra_keys`), and are computed as such: once a batch,
+without queries, projection and MLP. No dropout, no positions; rotary attention leaves them unrotated.
 
 Differs from the paper: no prompt dropout and no learned projection of prompts, as in AdaptFormer's baseline.
 
-Cost: P more tokens a block; P D floats a block are trained and saved.
+Cost: P more keys a block; P D floats a block are trained and saved.
 
     vitkit adapt vpt --model vit_small_patch14_dinov2.lvd142m --data photos/ --out runs/vpt --prompts 5
     vitkit.adapt("vpt", model="vit_small_patch14_dinov2.lvd142m", data="photos/", out="runs/vpt", prompts=5)
@@ -17,15 +18,13 @@ Cost: P more tokens a block; P D floats a block are trained and saved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit.errors import ConfigError
 from vitkit.parts.adaptation import Adaptation
-from vitkit.parts.blocks import Steps, add_prefix_tokens, extend
+from vitkit.parts.blocks import Steps, extend, join_keys
 from vitkit.settings import Classify, Task
 
 RECIPE = {
@@ -52,23 +51,12 @@ class Settings:
 
 
 class PromptSteps(Steps):
-    """Block that works on its prompts and the tokens, and hands on the tokens alone."""
+    """Block whose attention also looks at learned prompts."""
 
     prompts: nn.Parameter  # (1, P, D)
 
-    def entering(self, x: Tensor) -> Tensor:
-        return super().entering(torch.cat([self.prompts.expand(x.shape[0], -1, -1), x], dim=1))
-
-    def forward_prompted(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """The block's output with its prompts still in front, (B, P + T, D)."""
-        mask = kwargs.get("attn_mask")
-        if mask is not None:  # everything may look at the prompts
-            count = self.prompts.shape[1]
-            kwargs["attn_mask"] = F.pad(mask, (count, 0, count, 0), value=1 if mask.dtype == torch.bool else 0)
-        return super().forward(self.entering(x), **kwargs)
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.forward_prompted(x, **kwargs)[:, self.prompts.shape[1] :]
+    def extra_keys(self) -> Tensor:
+        return join_keys(super().extra_keys(), self.prompts[0])
 
 
 def inject(vit: nn.Module, settings: Settings) -> nn.Module:
@@ -78,7 +66,6 @@ def inject(vit: nn.Module, settings: Settings) -> nn.Module:
         block.prompts = nn.Parameter(
             nn.init.xavier_uniform_(torch.empty(1, settings.prompts, vit.embed_dim)).to(block.norm1.weight.device)
         )
-        add_prefix_tokens(vit, block, settings.prompts)
     return vit
 
 

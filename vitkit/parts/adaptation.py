@@ -41,9 +41,13 @@ class Adaptation(nn.Module):
         pooling = {name for name, _ in vit.named_parameters()} - before  # a new fc_norm has nothing to preserve
         self.vit = inject(vit, settings)
         self.settings, self.task, self.classify = settings, task, classify
-        install_head(self.vit, classify.head, len(task.classes))
+        self.make_head()
         for name, parameter in self.vit.named_parameters():
             parameter.requires_grad_(name.startswith("head.") or name in pooling or trains(name))
+
+    def make_head(self) -> None:
+        """A new head on the pooled feature; a method that reads out otherwise overrides this."""
+        install_head(self.vit, self.classify.head, len(self.task.classes))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, labels = batch["image"], batch["label"]

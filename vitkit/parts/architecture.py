@@ -78,6 +78,7 @@ def facts(reading: Reading, said: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: value for key, (value, name) in optional.items() if name in vit}
     if hidden == 2 * vit["blocks.0.mlp.fc2.weight"].shape[1]:
         found |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+    found |= {key: reading.hints[key] for key in ("norm_eps", "act_layer") if key in reading.hints}
     found |= _grid(reading, found, said)
     if "cls_token" not in vit or ("fc_norm.weight" in vit and "norm.weight" not in vit):
         found |= {"global_pool": "avg", "fc_norm": "fc_norm.weight" in vit}
@@ -181,6 +182,7 @@ def build(arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, 
         "num_classes": 0,
     }
     ready |= constructor(arch, kwargs) | more
+    untied = ready.pop("untied_norms", False)
     with torch.device("meta") if meta else torch.device("cpu"):
         try:
             if arch in BARE:
@@ -193,6 +195,11 @@ def build(arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, 
             why = str(error) or "a value or size that its stem cannot divide"  # timm has bare assertions
             raise WeightsError(f"{arch} cannot be built with {_shown(kwargs)}: {why}", fix="correct them") from error
     _require_vit(arch, vit)
+    if untied:
+        from vitkit.parts.dinov3 import untie
+
+        with torch.device("meta") if meta else torch.device("cpu"):
+            untie(vit)
     return vit
 
 

@@ -138,6 +138,10 @@ def attach_head(vit: ViT, head: Mapping[str, Tensor], num_classes: int | None, r
     )
     weight = head.get("head.1.weight" if kind == "bn_linear" else "head.weight")
     own = weight.shape[0] if weight is not None else 0
+    restore = getattr(vit, "restore_head", None)  # an adaptation that reads out in its own way knows its head
+    if restore is not None and head and (count := restore(head, num_classes)):
+        report(f"the head of {count} classes is kept")
+        return True
     if head and weight is None:
         report(f"a head of unknown form ({_some(sorted(head))}) is left out")
     wanted = own if num_classes is None else num_classes

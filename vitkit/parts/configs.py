@@ -40,7 +40,7 @@ _OTHER: tuple[str, ...] = (
     "num_classes",
 )
 _OTHER += ("classes", "task", "licence")
-_EXTRA_KEYS = ("norm_eps", "mlp_layer", "act_layer")
+_EXTRA_KEYS = ("norm_eps", "mlp_layer", "act_layer", "untied_norms")
 
 
 @dataclass
@@ -72,6 +72,10 @@ def parse_config(content: Mapping[str, Any], where: str, *, strict: bool = False
             said.pixels["image_size"] = [int(size[1]), int(size[2])]
         flat.pop("num_features", None)
     flat.update(flat.pop("model_args", None) or {})
+    if "n_storage_tokens" in flat:
+        from vitkit.parts import dinov3
+
+        flat = dinov3.config(flat, where)
     name = flat.pop("architecture", None) or flat.pop("arch", None)
     if isinstance(name, str):
         said.arch = known_arch(name)

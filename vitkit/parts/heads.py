@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from vitkit.errors import ConfigError
+from vitkit.parts.blocks import mix_into
 
 Kind = Literal["linear", "bn_linear"]
 
@@ -46,12 +47,12 @@ class FeatureNorm(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(var.clamp_min(0) + self.eps)
 
 
-class OneHead(VisionTransformerDistilled):
-    """DeiT's distilled ViT with one head on the mean of its class and distillation tokens, in place of two heads."""
+class OneHead:
+    """Mixin of DeiT's distilled ViT: one head on the mean of its class and distillation tokens, in place of two."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop((x[:, 0] + x[:, 1]) / 2)
-        return x if pre_logits else self.head(x)
+        x = super().forward_head(x, pre_logits=True)  # type: ignore[misc]  # of the ViT that this is mixed into
+        return x if pre_logits else self.head(self.head_drop(x))
 
 
 def install_head(vit: nn.Module, kind: Kind, num_classes: int, *, std: float | None = None) -> nn.Module:
@@ -60,6 +61,8 @@ def install_head(vit: nn.Module, kind: Kind, num_classes: int, *, std: float | N
     "bn_linear": FeatureNorm + Linear, weight ~ truncated normal (std 0.01), bias torch's default (AdaptFormer,
         main_image.py). "linear": weight ~ truncated normal (std 2e-5), bias 0 (MAE fine-tuning, main_finetune.py).
     """
+    if hasattr(vit, "release_head"):  # a head that reads something else than the pooled feature gives way
+        vit.release_head()
     dim = vit.num_features if not hasattr(vit, "head_hidden_size") else vit.head_hidden_size
     linear = nn.Linear(dim, num_classes)
     nn.init.trunc_normal_(linear.weight, std=std if std is not None else (0.01 if kind == "bn_linear" else 2e-5))
@@ -69,7 +72,8 @@ def install_head(vit: nn.Module, kind: Kind, num_classes: int, *, std: float | N
     vit.head = head.to(next(vit.parameters()).device)
     vit.num_classes = num_classes
     if isinstance(vit, VisionTransformerDistilled):
-        vit.__class__, vit.head_dist = OneHead, nn.Identity()
+        mix_into(vit, OneHead)
+        vit.head_dist = nn.Identity()
     return vit.head
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitkit import layouts
 from vitkit.errors import WeightsError, nearest
 from vitkit.layouts import ANCHOR, Reading
-from vitkit.parts import architecture, configs
+from vitkit.parts import architecture, configs, dinov3
 from vitkit.parts.adapt_tensors import ViT, adapt_pixels
 from vitkit.parts.configs import BARE, Said
 from vitkit.parts.positions import square_grid
@@ -123,7 +123,8 @@ def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | Non
     source = Source(named, kwargs, preprocess_of(said.pixels, plan, report), base, state=reading.vit, head=reading.head)
     source.native = plan
     positions = said.other.get("positions") or ("timm" if said.timm else reading.positions)
-    source.extras, source.positions, source.rope = reading.extras, positions, said.other.get("rope", "float32")
+    source.extras, source.positions, source.rope = reading.extras, positions, said.other.get("rope")
+    source.rope = source.rope or reading.hints.get("rope", "float32")
     source.licence, source.classes, source.task = (said.other.get(key) for key in ("licence", "classes", "task"))
     return source
 
@@ -251,6 +252,8 @@ def _resolve(said: Said, reading: Reading, report: Report) -> tuple[str, dict[st
     """The architecture (timm name or bare class) and keywords that the file's tensors fit natively."""
     if said.arch is not None and said.arch not in BARE:
         return said.arch.split(".")[0], _fit_named(said.arch, said, reading, report)
+    if "rotary" in reading.hints:
+        return "Eva", _fit_rotary(said, reading, report)
     if said.arch == "Eva":
         return "Eva", said.kwargs
     found = architecture.facts(reading, said.kwargs)
@@ -270,6 +273,25 @@ def _resolve(said: Said, reading: Reading, report: Report) -> tuple[str, dict[st
         f"architecture: {size}, patch {patch[0]}x{patch[1]}, {pixels[0]}x{pixels[1]} px, {kwargs['in_chans']} channels"
     )
     return ("VisionTransformerDistilled" if distilled else "VisionTransformer"), kwargs
+
+
+def _fit_rotary(said: Said, reading: Reading, report: Report) -> dict[str, Any]:
+    """Keywords of the `Eva` that a DINOv3 file is: the tensors prove nearly all of it."""
+    found = dinov3.facts(reading.vit, reading.hints, said.kwargs.get("img_size"))
+    _require_agreement(found, said)
+    heads = said.kwargs.get("num_heads", found["num_heads"])
+    if heads != found["num_heads"]:
+        raise WeightsError(
+            f"{said.where} says {heads} heads, the rotary periods are those of {found['num_heads']}", fix="correct it"
+        )
+    kept = ("norm_eps", "global_pool", "use_fc_norm")
+    kwargs = found | {key: said.kwargs[key] for key in kept if key in said.kwargs}
+    where = f"from {said.where}" if "norm_eps" in said.kwargs else "as in every released model"
+    report(
+        f"architecture: {kwargs['embed_dim']} wide, {kwargs['depth']} deep, {kwargs['num_heads']} heads (from the rotary "
+        f"periods), patch {kwargs['patch_size'][0]}x{kwargs['patch_size'][1]}, norm eps {kwargs['norm_eps']:g} ({where})"
+    )
+    return kwargs
 
 
 def _require_agreement(found: Mapping[str, Any], said: Said) -> None:
@@ -297,6 +319,11 @@ def _fit_named(arch: str, said: Said, reading: Reading, report: Report) -> dict[
     kwargs, vit = dict(said.kwargs), reading.vit
     plan = architecture.build(arch, kwargs, meta=True)
     report(f"architecture: {arch}, from {said.where}")
+    biases = [name for name in vit if name.endswith((".attn.q_bias", ".attn.v_bias"))]
+    surplus = "rotary" in reading.hints and biases and biases[0] not in plan.state_dict()
+    if surplus and not any(bool(vit[name].any()) for name in biases):  # the released S, B and L
+        report(f"its {len(biases)} query and value biases are all zero and {arch} has none: left out")
+        reading.vit = vit = {name: value for name, value in vit.items() if name not in biases}
     stem, own = vit[ANCHOR], plan.state_dict().get(ANCHOR)
     if own is not None and stem.ndim == own.ndim and stem.shape[1] != own.shape[1] and stem.shape[0] == own.shape[0]:
         kwargs["in_chans"] = stem.shape[1]
