@@ -20,7 +20,7 @@ endif
 .venv/.stamp: pyproject.toml constraints.txt
 	@tools/setup.sh "$(PYTHON)"
 
-.PHONY: help setup demo test check format-check lint types docs docs-serve format quality speed freeze clean
+.PHONY: help setup demo test check format-check lint types docs docs-serve format quality speed composition freeze clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -58,6 +58,9 @@ quality: setup ## quality benchmarks (SYSTEM=adaptformer for one, QUICK=1 for a 
 
 speed: setup ## speed benchmarks (SYSTEM=..., QUICK=1)
 	@tools/bench.sh speed "$(SYSTEM)" $(BENCH_FLAGS) $(ARGS)
+
+composition: setup ## every adaptation on every kind of ViT, through every verb: the table in docs/composition.md
+	@$(BIN)/python -m benchmarks.composition
 
 freeze: setup ## write constraints.txt from .venv, after its bounds were changed and everything was tested
 	@$(BIN)/python tools/freeze.py

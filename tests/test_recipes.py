@@ -70,6 +70,8 @@ def test_learning_rate_and_batch_are_the_papers(path):
         "adaptformer_cifar100_vit_b": (1024, 0.4),
         "vpt_cifar100_vit_b": (1024, 0.4),
         "linear_cifar100_vit_b": (1024, 0.4),
+        "dvpt_ddr_vit_b": (50, 5e-4),
+        "prompt_cam_cub_vit_b": (16, 0.005),
     }
     _, values = settings(path)
     images = values["batch_size"] * values["devices"] * values["accumulate"]

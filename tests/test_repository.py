@@ -100,7 +100,9 @@ def test_vitkit_commands_of_the_pages_are_understood(page):
             continue
         verb, rest = words[1], words[2:]
         assert verb in cli.VERBS, line
-        if verb in discover.VERBS and rest and not rest[0].startswith("-"):
+        if verb in ("explain", "attack") and rest and rest[0] not in [m.name for m in discover.trainable(verb)]:
+            assert verbs.settings_for(verb, None, cli.flagged(verb, rest)), line
+        elif verb in discover.VERBS and rest and not rest[0].startswith("-"):
             method = rest.pop(0)
             if method == "norm_tuning":  # the example of adding_a_method.md
                 continue

@@ -34,7 +34,7 @@ RESULTS, RECIPES, DOCS = ROOT / "benchmarks" / "results", ROOT / "recipes", ROOT
 MARKER = re.compile(
     r"^<!-- (methods|method sections|doc|settings|results|recipe|picture)(?:: (.*?))? -->$", re.MULTILINE
 )
-KINDS = ("quality", "speed")
+KINDS = ("quality", "speed", "composition")
 WIDTH = 88  # characters of a code line that fit a page
 RESULT_KEYS = ("system", "kind", "claim", "holds", "measured", "command", "machine", "versions", "seconds", "tables")
 # A page must be readable offline: nothing may be loaded from elsewhere. Plain <a> links are fine.
@@ -161,6 +161,7 @@ def method_settings(verb: str, name: str, depth: int = 0) -> str:
 def shared_settings() -> str:
     out = []
     titles = {"Inputs": "Model and data", "Train": "Training", "Classify": "Classification", "Machine": "Machine"}
+    titles |= {"Explain": "vitkit explain", "Attack": "vitkit attack"}
     for name, title in titles.items():
         kind = getattr(shared, name)
         out += [f"## {title}", settings_table(kind, Path(str(shared.__file__)))]
@@ -218,7 +219,7 @@ def results(kind: str, system: str) -> str:
     if not path.is_file():
         return (
             f"*Not measured yet.* There is no `benchmarks/results/{kind}/{system}.json`; "
-            f"`make {kind} SYSTEM={system}` measures it."
+            f"`{'make composition' if kind == 'composition' else f'make {kind} SYSTEM={system}'}` measures it."
         )
     content = read_result(path)
     out = [f"**Claim.** {content['claim']}", f"**Outcome.** {outcome(content['holds'])}"]

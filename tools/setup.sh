@@ -60,6 +60,13 @@ if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --
     grep -v '^WARNING: Location' "$log" | tail -n 25 >&2
     exit 1
 fi
+# torchattacks asks for a `requests` of 2020 that contradicts the documentation's; nothing of it that is used here needs it.
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off --quiet \
+    --no-deps -c constraints.txt torchattacks 2>&1 | tee -a "$log" >/dev/null; then
+    echo "setup: pip failed on torchattacks; the end of $log:" >&2
+    tail -n 25 "$log" >&2
+    exit 1
+fi
 rm -f "$venv/.building"
 printf '%s' "$PWD" >"$venv/.stamp"
 echo "setup: done ($("$venv/bin/python" -c 'import platform, torch; print("Python", platform.python_version() + ", torch", torch.__version__)'))"

@@ -1,9 +1,10 @@
-"""vitkit: pre-train further, adapt and measure Vision Transformers on your own images, by published methods.
+"""vitkit: pre-train further, adapt, explain, attack and measure Vision Transformers on your own images, by published methods.
 
 Every command-line verb is a function here, with the same words:
 
     vitkit.pretrain("mae", model=..., data=..., out=...)      vitkit.evaluate(model=..., data=..., protocols="knn,linear")
     vitkit.adapt("adaptformer", model=..., data=..., out=...) vitkit.embed(model=..., data=..., out=...)
+    vitkit.explain("runs/a", "new/", classes="cat,dog")       vitkit.attack("runs/a", data="photos/", eps=8 / 255)
     vitkit.load("runs/a").predict("new/")                     vitkit.compare("runs/a", "runs/b")
     vitkit.predict("runs/a", "new/")                          vitkit.export("runs/a", format="onnx")
     vitkit.report("runs/a")   vitkit.check("photos/")         vitkit.methods()   vitkit.doctor()
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 VERBS = (
-    "adapt", "check", "compare", "demo", "doctor", "embed", "evaluate", "export", "load", "methods", "predict",
-    "pretrain", "report",
+    "adapt", "attack", "check", "compare", "demo", "doctor", "embed", "evaluate", "explain", "export", "load", "methods",
+    "predict", "pretrain", "report",
 )  # fmt: skip
 _ELSEWHERE = {
     "VitkitError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightsError": "errors",
@@ -37,12 +38,14 @@ if TYPE_CHECKING:
     from vitkit.run.model import Model, Run
     from vitkit.run.verbs import (
         adapt,
+        attack,
         check,
         compare,
         demo,
         doctor,
         embed,
         evaluate,
+        explain,
         export,
         load,
         methods,
@@ -66,7 +69,7 @@ def _callable_package(name: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adapt", "evaluate", "pretrain", "tokens", "weights"):
+    if name in ("adapt", "attack", "evaluate", "explain", "pretrain", "tokens", "weights"):
         return importlib.import_module(f"vitkit.{name}")
     if name in VERBS:
         return getattr(importlib.import_module("vitkit.run.verbs"), name)

@@ -140,6 +140,18 @@ class Classify:
     """label smoothing of single-label cross-entropy"""
     select: Literal["best", "last"] = "best"
     """weights kept: of the epoch with the best validation score, or of the last; the test split is read once, after"""
+    metric: Literal[
+        "auto",
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "quadratic_kappa",
+        "cohen_kappa",
+        "mean_auc",
+        "mean_average_precision",
+    ] = "auto"
+    """score that picks the epoch and leads the report; auto = accuracy, or mean AUC for many labels an image;
+    quadratic_kappa is for ordered classes, such as grades"""
 
 
 @dataclass(frozen=True)
@@ -148,3 +160,45 @@ class Task:
 
     kind: Literal["single", "multi"]
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explain:
+    """What is drawn, and where it goes."""
+
+    out: str = "explanations"
+    """folder to write: explain.html, maps.npz, results.json"""
+    maps: tuple[str, ...] | Literal["auto"] = "auto"
+    """attention, rollout, grad_cam, prompt_cam; auto = all that this model can give"""
+    classes: tuple[str, ...] | None = None
+    """class names to ask about beside the predicted one; by default the true one"""
+    images: int = 24
+    """pictures shown, drawn evenly from the labels"""
+    native: bool = False
+    """keep each picture's own size, cropped to whole patches; by default the model's preprocessing resizes them"""
+    sanity: Literal["quick", "full", "off"] = "quick"
+    """deletion and insertion in 14 steps, in one step a pixel row as published (about 16 times as long), or no figures"""
+    layer: int = -1
+    """block that attention, Grad-CAM and patch features are taken from; negative counts from the last"""
+    head: int | None = None
+    """attention head shown; by default the mean of all"""
+    fusion: Literal["mean", "max", "min"] = "mean"
+    """how rollout fuses the heads of a block"""
+    discard: float = 0.0
+    """lowest share of each block's attention to patches that rollout ignores"""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is attacked and compared, and where the report goes."""
+
+    out: str = "attack"
+    """folder to write: report.html, results.json, adversarial.npz"""
+    encoder: tuple[str, ...] | None = None
+    """public pre-trained trunk that the attacker has, or several; by default the base that the run was adapted from"""
+    baselines: tuple[str, ...] = ("l4a", "ssp")
+    """other attacks beside random noise: l4a, ssp, std, fff on the trunk; pgd, mifgsm on the model itself (torchattacks)"""
+    curve: tuple[float, ...] = (2.0, 4.0, 8.0, 10.0)
+    """further budgets for the curve of success by budget, in 255ths"""
+    max_images: int = 1000
+    """attack at most this many of the test images, drawn with `seed`"""

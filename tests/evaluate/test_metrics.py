@@ -142,8 +142,9 @@ def test_auc_depends_on_the_order_of_scores_only(multi):
     assert np.allclose(metrics.auc_each(y, np.full_like(scores, 0.5)), 0.5)
 
 
-SINGLE_ONLY = (metrics.accuracy, metrics.balanced_accuracy)
-CASES = [(m, t) for m in metrics.WEIGHTED for t in ("single", "multi") if t == "single" or m not in SINGLE_ONLY]
+SINGLE_ONLY = (metrics.accuracy, metrics.balanced_accuracy, metrics.quadratic_kappa, metrics.cohen_kappa)
+OF_LABELS = [m for m in metrics.WEIGHTED if m.__module__ == metrics.__name__]  # survival registers its own
+CASES = [(m, t) for m in OF_LABELS for t in ("single", "multi") if t == "single" or m not in SINGLE_ONLY]
 
 
 @pytest.mark.parametrize(("metric", "task"), CASES, ids=lambda value: getattr(value, "__name__", value))
@@ -154,6 +155,36 @@ def test_weights_count_as_repetitions(metric, task, single, multi):
     for draw in range(7):
         rows = np.repeat(np.arange(len(y)), weights[:, draw].astype(int))
         assert np.allclose(found[..., draw], metric(y[rows], scores[rows]), rtol=1e-6)
+
+
+def test_kappas_equal_sklearn_and_ignore_unlabelled(single):
+    from sklearn.metrics import cohen_kappa_score
+
+    y, scores = single
+    known, found = y >= 0, scores.argmax(1)
+    for metric, weights in ((metrics.quadratic_kappa, "quadratic"), (metrics.cohen_kappa, None)):
+        want = cohen_kappa_score(y[known], found[known], weights=weights)
+        assert np.isclose(metric(y, scores), want) and np.isclose(metric(y, found), want)
+    linear = cohen_kappa_score(y[known], found[known], weights="linear")
+    assert not np.isclose(metrics.quadratic_kappa(y, scores), linear)
+    assert metrics.quadratic_kappa(np.arange(4), np.arange(4)) == 1
+    assert np.isnan(metrics.quadratic_kappa(np.zeros(4, int), np.zeros(4, int)))
+
+
+def test_dice_and_iou_equal_sklearn():
+    from sklearn.metrics import f1_score, jaccard_score
+
+    random = np.random.default_rng(0)
+    y, found = random.integers(0, 3, (4, 9, 7)), random.integers(0, 3, (4, 9, 7))
+    y[1, :4] = 255  # unknown pixels
+    each = [((t != 0)[t != 255], (f != 0)[t != 255]) for t, f in zip(y, found, strict=True)]
+    assert np.isclose(metrics.dice(y, found), np.mean([f1_score(t, f) for t, f in each]))
+    assert np.isclose(metrics.iou(y, found), np.mean([jaccard_score(t, f) for t, f in each]))
+    nothing = np.zeros((2, 3, 3), int)
+    assert metrics.dice(nothing, nothing) == 1 and metrics.iou(nothing, nothing + 1) == 0
+    assert np.isnan(metrics.dice(nothing[:0], nothing[:0]))
+    with pytest.raises(DataError, match=r"masks \(2, 3, 3\) and predictions \(2, 3\) do not fit"):
+        metrics.dice(nothing, nothing[:, 0])
 
 
 def test_predicted_classes_serve_as_scores(single):

@@ -130,14 +130,12 @@ def test_every_method_is_documented_as_promised():
         assert method.summary.endswith("."), method.name
         if method.verb != "evaluate":
             assert method.paper, f"{method.module} cites no paper"
-            for part in (
-                "What happens, and where:",
-                "Differs from the paper:",
-                "Cost:",
-                f"vitkit {method.verb} {method.name} ",
-            ):
+            # What trains nothing is part of `vitkit explain MODEL DATA`, or is the attack of `vitkit attack MODEL`.
+            line = f"vitkit {method.verb} {method.name} " if method.trains else f"vitkit {method.verb} "
+            for part in ("What happens, and where:", "Differs from the paper:", "Cost:", line):
                 assert part in method.doc, f"{method.module} lacks '{part}'"
-            assert f'vitkit.{method.verb}("{method.name}", ' in method.doc
+            call = f'vitkit.{method.verb}("{method.name}", ' if method.trains else f"vitkit.{method.verb}"
+            assert call in method.doc
 
 
 def test_a_verb_is_a_package_and_a_function():
@@ -148,3 +146,59 @@ def test_a_verb_is_a_package_and_a_function():
     with pytest.raises(ConfigError, match="needs data, out"):
         vitkit.adapt("linear", model="x")
     assert set(vitkit.VERBS) <= set(dir(vitkit))
+
+
+def test_fractions_are_numbers_in_all_three_spellings(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\nweight_decay: 1/20\ncrop_scale: [1/4, 1]\nout: a/b\n")
+    words = ["--model", "m", "--data", "d", "--out", "a/b", "--weight_decay", "1/20", "--crop_scale=1/4,1"]
+    for given in (
+        words,
+        ["--config", str(file)],
+        {"config": file},
+        {**NEEDED, "out": "a/b", "weight_decay": "1/20", "crop_scale": "1/4,1"},
+        {**NEEDED, "out": "a/b", "weight_decay": "1/20", "crop_scale": ("1/4", 1.0)},
+    ):
+        found = build(given)
+        assert found.train.weight_decay == 0.05 and found.train.crop_scale == (0.25, 1.0) and found.train.out == "a/b"
+    for wrong in ("1/0", "a/b", "1/2/3"):
+        with pytest.raises(ConfigError, match="weight_decay: expected a number"):
+            build([*WORDS, "--weight_decay", wrong])
+
+
+def test_verbs_that_explain_and_attack_take_their_first_words_without_flags(monkeypatch, capsys):
+    seen = {}
+
+    def job(config):
+        seen.update(config.values)
+        return {"verdict": "seen", "report": "page.html"}
+
+    from vitkit.run import attacking, explaining
+
+    monkeypatch.setattr(explaining, "explain_job", job)
+    monkeypatch.setattr(attacking, "attack_job", job)
+    assert cli.main(["explain", "runs/a", "photos", "--classes", "cat,dog"]) == 0
+    assert (seen["model"], seen["data"], seen["classes"]) == ("runs/a", "photos", ("cat", "dog"))
+    assert cli.main(["attack", "runs/a", "--data", "photos", "--eps", "8/255"]) == 0
+    assert seen["eps"] == 8 / 255
+    assert cli.main(["attack", "dta", "runs/a", "photos"]) == 0 and seen["data"] == "photos"
+    assert capsys.readouterr().out.count("seen\npage.html") == 3
+    assert cli.main(["explain", "runs/a", "photos", "more"]) == 2
+    assert "takes 2 names, and 'more' is one more" in capsys.readouterr().err
+    assert cli.main(["explain", "runs/a"]) == 2
+    assert "needs data" in capsys.readouterr().err
+    assert verbs.explain("runs/b", "x")["verdict"] == "seen" and seen["model"] == "runs/b"
+    assert verbs.attack("dta", model="runs/b", data="x")["verdict"] == "seen"
+
+
+@pytest.mark.parametrize("verb", ["explain", "attack"])
+def test_help_of_a_verb_with_and_without_methods(verb, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert f"vitkit {verb} MODEL IMAGES" in shown and "--out OUT" in shown
+    trained = {"explain": "prompt_cam", "attack": "harden"}[verb]
+    assert trained in shown
+    with pytest.raises(SystemExit):
+        cli.main([verb, trained, "--help"])
+    assert "--epochs" in capsys.readouterr().out

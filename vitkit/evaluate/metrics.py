@@ -19,6 +19,11 @@ import numpy as np
 from vitkit.errors import ConfigError, DataError
 
 _MAIN = {"single": "accuracy", "multi": "mean_auc"}
+# Functions of this module by which an epoch may be picked: higher is better. The first is the task's own choice.
+NAMES = {
+    "single": ("accuracy", "balanced_accuracy", "macro_f1", "mean_auc", "quadratic_kappa", "cohen_kappa"),
+    "multi": ("mean_auc", "mean_average_precision", "macro_f1"),
+}
 _EPS = np.finfo(np.float64).eps  # a probability of exactly 0 costs 36 nats rather than infinity
 
 
@@ -29,15 +34,19 @@ def main_metric(task: str) -> str:
     return _MAIN[task]
 
 
-def summary(task: str, y: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Every scalar metric of the task, the main one first. `scores` (N, C) are probabilities."""
+def summary(task: str, y: np.ndarray, scores: np.ndarray, *, also: str | None = None) -> dict[str, float]:
+    """Every scalar metric of the task, the main one first. `scores` (N, C) are probabilities. `also`: one of `NAMES` that
+    is not among them by itself (quadratic kappa is for ordered classes only)."""
     main_metric(task)
     chosen: tuple[Callable[[np.ndarray, np.ndarray], float], ...]
     if task == "single":
         chosen = (accuracy, balanced_accuracy, macro_f1, mean_auc, log_loss, calibration_error)
     else:
         chosen = (mean_auc, mean_average_precision, macro_f1, log_loss, calibration_error)
-    return {metric.__name__: metric(y, scores) for metric in chosen}
+    found = {metric.__name__: metric(y, scores) for metric in chosen}
+    if also is not None and also not in found:
+        found[also] = globals()[also](y, scores)
+    return found
 
 
 # ---------------------------------------------------------------- one label per image
@@ -58,6 +67,21 @@ def macro_f1(y: np.ndarray, scores: np.ndarray) -> float:
     return _plain(_macro_f1, y, scores)
 
 
+def quadratic_kappa(y: np.ndarray, scores: np.ndarray) -> float:
+    """Agreement beyond chance for ordered classes (grades): a mistake costs the square of its distance in grades.
+
+    (O - E) / (1 - E) with agreement 1 - (i - j)^2 / (C - 1)^2 weighted by the confusion matrix (O) and by the product of
+    its margins (E); 1 = perfect, 0 = chance. NaN when chance already agrees fully. C is the number of scores, or, given
+    predictions, the highest class that occurs; the value does not depend on it.
+    """
+    return _plain(_quadratic_kappa, y, scores)
+
+
+def cohen_kappa(y: np.ndarray, scores: np.ndarray) -> float:
+    """Agreement beyond chance where every mistake costs the same (Cohen's kappa): for classes without an order."""
+    return _plain(_cohen_kappa, y, scores)
+
+
 def confusion(y: np.ndarray, scores: np.ndarray, n_classes: int | None = None) -> np.ndarray:
     """Counts (C, C): row = true class, column = predicted. Give `n_classes` when `scores` are predictions (N,)."""
     truth, predicted, classes = _single(y, scores)
@@ -68,6 +92,43 @@ def confusion(y: np.ndarray, scores: np.ndarray, n_classes: int | None = None) -
         )
     known = truth >= 0
     return np.bincount(truth[known] * n + predicted[known], minlength=n * n).reshape(n, n)
+
+
+# ---------------------------------------------------------------- masks
+
+
+def dice(y: np.ndarray, predicted: np.ndarray, *, least: int = 0) -> float:
+    """Mean over images of 2 TP / (2 TP + FP + FN) of the foreground: every class but 0. Masks (N, H, W) of class numbers;
+    pixels where `y` is 255 are left out. An image without foreground scores 1 when none is predicted.
+
+    least: count at least so many true positives (1 in NKUhealong/DVPT's Evaluator).
+    """
+    hit, false, missed = _foreground(y, predicted, least)
+    return float(np.mean(_or_one(2 * hit, 2 * hit + false + missed))) if len(hit) else float("nan")
+
+
+def iou(y: np.ndarray, predicted: np.ndarray, *, least: int = 0) -> float:
+    """Mean over images of TP / (TP + FP + FN), otherwise as `dice`."""
+    hit, false, missed = _foreground(y, predicted, least)
+    return float(np.mean(_or_one(hit, hit + false + missed))) if len(hit) else float("nan")
+
+
+def _foreground(y: np.ndarray, predicted: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels of each image (N,): rightly, wrongly, and not found."""
+    y, predicted = np.asarray(y), np.asarray(predicted)
+    if y.shape != predicted.shape or y.ndim < 2:
+        raise DataError(
+            f"masks {y.shape} and predictions {predicted.shape} do not fit together",
+            fix="class numbers (N, H, W) for both; take argmax over the classes first",
+        )
+    known, truth, said = y != 255, y != 0, predicted != 0
+    axes = tuple(range(1, y.ndim))
+    hit = (truth & said & known).sum(axes)
+    return np.maximum(hit, least), (~truth & said & known).sum(axes), (truth & ~said & known).sum(axes)
+
+
+def _or_one(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    return np.divide(top, bottom, out=np.ones(len(top)), where=bottom > 0)
 
 
 # ---------------------------------------------------------------- ranking
@@ -162,6 +223,27 @@ def _macro_f1(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndar
     return _nanmean(_ratio(2 * right, true + predicted))
 
 
+def _quadratic_kappa(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _kappa(y, scores, weights, lambda i, j: (i - j) ** 2)
+
+
+def _cohen_kappa(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _kappa(y, scores, weights, lambda i, j: i != j)
+
+
+def _kappa(y: np.ndarray, scores: np.ndarray, weights: np.ndarray, cost: Callable) -> np.ndarray:
+    """1 - cost of the confusions / their cost if truth and prediction were independent; the cost's scale cancels."""
+    truth, predicted, classes = _single(y, scores)
+    rows = np.flatnonzero(truth >= 0)
+    grade = np.arange(classes)
+    costs = cost(grade[:, None], grade).astype(float)
+    table = _sum_rows(weights.astype(float), rows, truth[rows] * classes + predicted[rows], classes**2)
+    table = table.reshape(classes, classes, -1)  # (true, predicted, B)
+    found = np.einsum("ij,ijb->b", costs, table)
+    chance = np.einsum("ij,ib,jb->b", costs, table.sum(1), table.sum(0))
+    return 1 - _ratio(found * table.sum((0, 1)), chance)
+
+
 def _auc_each(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     labels, scores = _columns(y, scores)
     return np.stack([_auc(labels[:, c], scores[:, c], weights) for c in range(labels.shape[1])])
@@ -189,6 +271,8 @@ def _log_loss(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndar
 WEIGHTED: dict[Callable, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     accuracy: _accuracy,
     balanced_accuracy: _balanced_accuracy,
+    quadratic_kappa: _quadratic_kappa,
+    cohen_kappa: _cohen_kappa,
     macro_f1: _macro_f1,
     auc_each: _auc_each,
     mean_auc: _mean_auc,

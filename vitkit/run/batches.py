@@ -115,6 +115,12 @@ def epoch_steps(count: int, machine: Machine, world: int) -> tuple[int, bool]:
 
 def labelled_parts(images: Images, inputs: Inputs, machine: Machine, say: Say) -> Data:
     """Train, validation and test parts of labelled data; refuses data that cannot be learnt from."""
+    if images.task == "mask":
+        raise DataError(
+            f"{images.name} has masks, and this method learns classes of whole images",
+            fix="vitkit.dense.dvpt_segformer trains on masks in Python; for classes give class folders or a CSV with "
+            "path,label",
+        )
     if images.task not in ("single", "multi") or images.labels is None:
         raise DataError(
             f"{images.name}: no labels were found, and adapting needs them",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vitkit.errors import ConfigError, VitkitError, nearest
 
-HELP = """vitkit: pre-train further, adapt and measure Vision Transformers on your own images.
+HELP = """vitkit: pre-train further, adapt, explain, attack and measure Vision Transformers on your own images.
 
   vitkit adapt adaptformer --model vit_small_patch14_dinov2.lvd142m --data photos/ --out runs/a
   vitkit predict runs/a new/
@@ -15,10 +15,15 @@ HELP = """vitkit: pre-train further, adapt and measure Vision Transformers on yo
 verbs
   pretrain METHOD    train on images without labels                 --model --data --out
   adapt METHOD       adapt to labelled images                       --model --data --out
+  explain            where a model looks: maps, patches, one page   MODEL IMAGES [--classes a,b] [--out]
+  explain METHOD     adapt to a model that explains itself          --model --data --out
+  attack             is it fooled through its public trunk?         MODEL --data [--eps 8/255] [--out]
+  attack harden      train against such images                      --model --data --out
   evaluate           kNN and linear probe of a frozen model         --model --data [--protocols knn,linear] [--out]
   embed              features of every image, with a gallery        --model --data --out
   predict            classes of new images                          RUN DATA [--out predictions.csv]
   compare            runs side by side, paired on the same images   RUN RUN [RUN ...] [--out compare.html]
+  compare            did it help? two models on your images         A B --data [--general] [--out]
   report             write a run's report again                     RUN
   export             one file without vitkit                        RUN [--format safetensors|onnx] [--out FILE]
   check              look through a data set before training        DATA
@@ -28,6 +33,9 @@ verbs
 
 `vitkit VERB --help` and `vitkit VERB METHOD --help` explain; settings may also come from --config FILE.yaml.
 Files and weights stay on this machine: vitkit sends nothing anywhere."""
+
+
+SHAPE = "vitkit {} MODEL IMAGES [--out DIR] [--setting value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,25 +72,76 @@ def _run(words: list[str]) -> int:
 
 def _train(verb: str) -> Callable[[list[str]], int]:
     def run(words: list[str]) -> int:
-        from vitkit.run import discover, verbs
+        from vitkit.run import discover
 
         if not words or words[0] in ("-h", "--help"):
-            print(f"vitkit {verb} METHOD --model M --data D --out R [--setting value ...]\n\nmethods")
-            for method in discover.methods(verb):
-                print(f"  {method.name:<13}{method.summary.partition(': ')[2] or method.summary}")
-            print(f"\n`vitkit {verb} METHOD --help` lists every setting.")
+            print(f"vitkit {verb} METHOD --model M --data D --out R [--setting value ...]\n\n{_listed(verb)}")
             return 0
         if words[0].startswith("-"):
-            names = ", ".join(method.name for method in discover.methods(verb))
+            names = ", ".join(method.name for method in discover.trainable(verb))
             raise ConfigError(f"vitkit {verb} needs a method before its settings", fix=f"one of: {names}")
-        if _asks_help(words):
-            verbs.settings_for(verb, discover.find(verb, words[0]).name, ["--help"])
-        finished = verbs.train(verb, words[0], words[1:])
-        _print_metrics(finished.summary)
-        print(f"{finished.path}")
+        return _run_training(verb, words[0], words[1:])
+
+    return run
+
+
+def _listed(verb: str) -> str:
+    """The methods of a verb that train, for its help."""
+    from vitkit.run import discover
+
+    lines = [f"  {m.name:<13}{m.summary.partition(': ')[2] or m.summary}" for m in discover.trainable(verb)]
+    return "\n".join(["methods", *lines, "", f"`vitkit {verb} METHOD --help` lists every setting."])
+
+
+def _run_training(verb: str, method: str, words: list[str]) -> int:
+    from vitkit.run import discover, verbs
+
+    if _asks_help(words):
+        verbs.settings_for(verb, discover.find(verb, method).name, ["--help"])
+    finished = verbs.train(verb, method, words)
+    _print_metrics(finished.summary)
+    print(f"{finished.path}")
+    return 0
+
+
+def _with_model(verb: str) -> Callable[[list[str]], int]:
+    """`vitkit explain MODEL DATA ...`, or a method of that verb that trains."""
+
+    def run(words: list[str]) -> int:
+        from importlib import import_module
+
+        from vitkit.run import discover, verbs
+
+        known = [method.name for method in discover.trainable(verb)]
+        if not words or words[0] in ("-h", "--help"):
+            print(f"{SHAPE.format(verb)}\n\n{verbs.verb_doc(verb)}\n")
+            print(f"to train: vitkit {verb} METHOD --model M --data D --out R\n{_listed(verb)}")
+            if words:
+                print()
+                verbs.settings_for(verb, None, ["--help"])
+            return 0
+        if words[0].replace("-", "_") in known:
+            return _run_training(verb, words[0], words[1:])
+        config = verbs.settings_for(verb, None, flagged(verb, words))
+        found = getattr(import_module(f"vitkit.run.{verb}ing"), f"{verb}_job")(config)
+        print(found["verdict"])
+        print(found["report"])
         return 0
 
     return run
+
+
+def flagged(verb: str, words: Sequence[str]) -> list[str]:
+    """The first words of `vitkit explain MODEL DATA ...` with the flags that they stand for."""
+    from vitkit.run.verbs import ATTACK
+
+    rest = list(words[1:] if verb == "attack" and words[:1] == [ATTACK] else words)
+    names, flags = ["--model", "--data"], []
+    while rest and not rest[0].startswith("-"):
+        if not names:
+            raise ConfigError(f"vitkit {verb} takes 2 names, and '{rest[0]}' is one more", fix=SHAPE.format(verb))
+        flags += [names.pop(0), rest.pop(0)]
+    return [*flags, *rest]
 
 
 def _evaluate(words: list[str]) -> int:
@@ -117,11 +176,20 @@ def _predict(words: list[str]) -> int:
 
 
 def _compare(words: list[str]) -> int:
-    given = _words(words, "compare RUN RUN", positional=2, options=("out",), more=True)
     from vitkit.run import verbs
 
-    runs = [value for key, value in given.items() if key.isdigit()]
-    result = verbs.compare(runs[0], runs[1], *runs[2:], out=given.get("out"))
+    if any(word == "--data" or word.startswith("--data=") for word in words):
+        from vitkit.run import helped
+
+        shape = "vitkit compare A B --data D [--general G] [--out DIR or page.html] [--setting value ...]"
+        flags = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        if flags != 2:
+            raise ConfigError(f"vitkit compare takes 2 models before --data, got {flags}", fix=shape)
+        result = helped.helped_job(words[0], words[1], helped.settings_for(words[2:]))
+    else:
+        given = _words(words, "compare RUN RUN", positional=2, options=("out",), more=True)
+        runs = [value for key, value in given.items() if key.isdigit()]
+        result = verbs.compare(runs[0], runs[1], *runs[2:], out=given.get("out"))
     print(result["verdict"])
     print(result["report"])
     return 0
@@ -251,6 +319,8 @@ def _metric_words(found: dict) -> str:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _train("pretrain"),
     "adapt": _train("adapt"),
+    "explain": _with_model("explain"),
+    "attack": _with_model("attack"),
     "evaluate": _evaluate,
     "embed": _embed,
     "predict": _predict,

@@ -17,6 +17,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitkit.errors import ConfigError, nearest
 
+NUMBER = r"[0-9]+(?:\.[0-9]*)?"
+RATIO = re.compile(rf"({NUMBER})(?:/({NUMBER}))?")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -90,11 +93,12 @@ def build(
         for key, value in values.items():  # "knn,linear" is as good as ("knn", "linear")
             if isinstance(value, str) and _is_tuple(hints[key]) and _needs_brackets(value, hints[key]):
                 values[key] = [one.strip() for one in value.split(",")]
+        values = {key: _ratio(value, hints[key]) if key in hints else value for key, value in values.items()}
         namespace = _quietly(lambda: made.parse_object(values), hints)
     else:
         words, files = _without_config([_dash(word) for word in given])
         _check_words(words, valid)
-        words = _brackets(_switches(words, hints), hints)
+        words = _brackets(_ratios(_switches(words, hints), hints), hints)
         for file in files:  # flags win over files, later files over earlier ones
             content = read_yaml(file, valid, made)
             _quietly(lambda content=content: _take_defaults(made, content), hints)
@@ -139,7 +143,8 @@ def read_yaml(path: str | Path, valid: Sequence[str], made: Any) -> dict[str, An
         raise ConfigError(f"{path} is not a YAML mapping of settings", fix="one 'key: value' a line")
     content = {key.replace("-", "_"): v for key, v in content.items() if key not in ("verb", "method", "vitkit")}
     _check_keys(content, valid, f" in {path}")
-    return content
+    hints = {action.dest: getattr(action, "_typehint", None) for action in made._actions}
+    return {key: _ratio(value, hints.get(key)) for key, value in content.items()}
 
 
 def plain(value: Any) -> Any:
@@ -266,6 +271,38 @@ def _switches(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
         if word.startswith("--") and hints.get(word[2:]) is bool and last:
             out.append("true")
     return out
+
+
+def _ratios(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Let `--eps 8/255` stand for its decimal form."""
+    out: list[str] = []
+    key = ""
+    for word in words:
+        name, equal, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if word.startswith("--"):
+            key = name[2:]
+        if name and not equal:
+            out.append(word)
+        else:
+            out.append(name + equal + str(_ratio(value, hints.get(key))))
+    return out
+
+
+def _ratio(value: Any, hint: Any) -> Any:
+    """ "8/255" as a number where the setting is one; also inside lists and texts with commas."""
+    if isinstance(value, list):
+        return [_ratio(one, hint) for one in value]
+    if not isinstance(value, str) or "/" not in value or not _has(float, hint):
+        return value
+    parts = [RATIO.fullmatch(part.strip()) for part in value.strip("[]").split(",")]
+    if not all(parts) or any(part[2] and float(part[2]) == 0 for part in parts if part):
+        return value
+    numbers = [repr(float(part[1]) / float(part[2])) if part[2] else part[1] for part in parts if part]
+    return ",".join(numbers)
+
+
+def _has(kind: type, hint: Any) -> bool:
+    return hint is kind or any(_has(kind, one) for one in get_args(hint))
 
 
 def _brackets(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:

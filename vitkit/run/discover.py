@@ -17,7 +17,7 @@ from typing import Any
 from vitkit.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-VERBS = ("pretrain", "adapt", "evaluate")  # packages whose modules are methods
+VERBS = ("pretrain", "adapt", "explain", "attack", "evaluate")  # packages whose modules are methods
 LIGHT = (
     "__future__",
     "dataclasses",
@@ -32,12 +32,15 @@ LIGHT = (
 
 @dataclass(frozen=True)
 class Method:
-    """A method as its source describes it: `summary` is the first sentence of the docstring, `paper` its reference."""
+    """A method as its source describes it: `summary` is the first sentence of the docstring, `paper` its reference;
+    `trains` when it has a class to train, `labels` when that needs labelled images."""
 
     verb: str
     name: str
     path: Path
     doc: str
+    trains: bool = False
+    labels: bool = False
 
     @property
     def module(self) -> str:
@@ -68,8 +71,28 @@ def methods(verb: str | None = None) -> tuple[Method, ...]:
         for path in sorted((PACKAGE / package).glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
-                found.append(Method(package, path.stem, path, ast.get_docstring(tree) or ""))
+                needs = _needs_labels(tree)
+                doc = ast.get_docstring(tree) or ""
+                found.append(Method(package, path.stem, path, doc, needs is not None, bool(needs)))
     return tuple(found)
+
+
+def _needs_labels(tree: ast.Module) -> bool | None:
+    """`needs_labels` of the method class in a module's source; None where nothing is trained."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if any(ast.unparse(base) == "Adaptation" for base in node.bases):
+            return True
+        for item in node.body:
+            if isinstance(item, ast.Assign) and any(ast.unparse(t) == "needs_labels" for t in item.targets):
+                return bool(ast.literal_eval(item.value))
+    return None
+
+
+def trainable(verb: str) -> tuple[Method, ...]:
+    """The methods of `verb` that train a model."""
+    return tuple(method for method in methods(verb) if method.trains)
 
 
 def find(verb: str, name: str) -> Method:

@@ -88,8 +88,7 @@ def simplified(vit: ViT) -> ViT:
 def fold_head(vit: ViT) -> ViT:
     """Turn FeatureNorm + Linear into the one Linear that computes the same, in place. With running mean m and variance
     v: W' = W / sqrt(v + eps), b' = b - W' m. A single head on both tokens of a distilled ViT becomes its two heads."""
-    from timm.models.deit import VisionTransformerDistilled
-
+    from vitkit.parts.blocks import unmix
     from vitkit.parts.heads import FeatureNorm, OneHead
 
     if isinstance(vit.head, nn.Sequential) and isinstance(vit.head[0], FeatureNorm):
@@ -101,7 +100,7 @@ def fold_head(vit: ViT) -> ViT:
         folded.bias = nn.Parameter(bias.detach().float())
         vit.head = folded
     if isinstance(vit, OneHead) and isinstance(vit.head, nn.Linear):
-        vit.__class__ = VisionTransformerDistilled  # type: ignore[assignment]
+        unmix(vit, OneHead)
         vit.head_dist = deepcopy(vit.head)  # the mean of two equal linear heads is the head of the mean
     return vit
 

@@ -1,17 +1,19 @@
-"""What a training run does from settings to a finished folder: the bodies of `vitkit pretrain` and `vitkit adapt`.
+"""What a training run does from settings to a finished folder: the bodies of every verb that trains.
 
 Each job runs in every process of the run; only the first one writes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from vitkit.data.images import Images
 from vitkit.data.transforms import eval_view, finetune_view, pretrain_view
-from vitkit.errors import DataError
+from vitkit.errors import ConfigError, DataError
 from vitkit.run import discover
 from vitkit.run.batches import (
     batches_of,
@@ -49,16 +51,21 @@ def run_job(verb: str, name: str, config: Config) -> None:
         return
     fabric.launch()
     with torch.random.fork_rng():  # a Python caller's own random numbers stay as they were
-        JOBS[verb](fabric, name, config)
+        _run(fabric, verb, name, config)
 
 
 def _job(fabric: Any, verb: str, name: str, values: dict[str, Any]) -> None:
     from vitkit.run.verbs import groups_for
 
-    JOBS[verb](fabric, name, assemble(groups_for(verb, name)[0], values))
+    _run(fabric, verb, name, assemble(groups_for(verb, name)[0], values))
 
 
-def pretrain_job(fabric: Any, name: str, config: Config) -> None:
+def _run(fabric: Any, verb: str, name: str, config: Config) -> None:
+    job = supervised_job if discover.find(verb, name).labels else pretrain_job
+    job(fabric, verb, name, config)
+
+
+def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
     """Self-supervised training: everything but validation and test images, no labels."""
     inputs, train, machine = config.inputs, config.train, config.machine
     first = fabric.is_global_zero
@@ -70,7 +77,7 @@ def pretrain_job(fabric: Any, name: str, config: Config) -> None:
         raise DataError(f"{images.name}: no training images", fix="vitkit check --data ... shows the splits")
     torch.manual_seed(machine.seed)
     vit = open_model(inputs, seed=machine.seed, say=say, num_classes=0, drop_path_rate=train.drop_path)
-    module = discover.load("pretrain", name)
+    module = discover.load(verb, name)
     method = discover.method_class(module)(vit, config.method)
     if hasattr(method, "adopt") and "mask_token" in vit.extras:
         say(method.adopt(vit.extras))
@@ -85,39 +92,17 @@ def pretrain_job(fabric: Any, name: str, config: Config) -> None:
     )
     folder = RunFolder(train.out)
     prepare = prepare_for(preprocess, fabric.device)
-    steps, drop_last = epoch_steps(len(used), machine, fabric.world_size)
 
     def validate(model: nn.Module) -> tuple[float, dict[str, float]]:
         loss = held_out_loss(model, held_out, eval_view(preprocess), prepare, machine)
         return -loss, {"val_loss": loss}
 
-    quiet = machine.quiet or not first
-    with Progress(steps * train.epochs, machine.batch_size, steps_per_epoch=steps, quiet=quiet) as progress:
-        state = fit(
-            method,
-            batches_of(
-                used,
-                view,
-                machine,
-                max_bad=train.max_bad,
-                rank=fabric.global_rank,
-                world=fabric.world_size,
-                drop_last=drop_last,
-            ),
-            train=train,
-            machine=machine,
-            fabric=fabric,
-            steps_per_epoch=steps,
-            prepare=prepare,
-            folder=folder,
-            validate=validate if len(held_out) else None,
-            keep_best=False,
-            progress=progress,
-        )
+    checks = validate if len(held_out) else None
+    state = _fit(fabric, method, used, view, prepare, config, folder, validate=checks, keep_best=False)
     if first:
         method.eval()
-        save_model(folder, method, vit, name=f"pretrain.{name}", config=config, images=images, adapted=False)
-        summary = _summary("pretrain", name, config, method, state)
+        save_model(folder, method, vit, name=f"{verb}.{name}", config=config, images=images, adapted=False)
+        summary = _summary(verb, name, method, state)
         shown = held_out if len(held_out) else used
         records = [r for r in folder.records() if "val_loss" in r]
         summary["metrics"] = loss_metrics(method, used, held_out, preprocess, prepare, machine, records)
@@ -128,18 +113,26 @@ def pretrain_job(fabric: Any, name: str, config: Config) -> None:
     fabric.barrier()
 
 
-def adapt_job(fabric: Any, name: str, config: Config) -> None:
-    """Supervised adaptation: train on train, choose on val, read the test split once."""
+def supervised_job(fabric: Any, verb: str, name: str, config: Config) -> None:
+    """Training on labelled images: train on train, choose on val, read the test split once."""
     inputs, train, machine, classify = config.inputs, config.train, config.machine, config.classify
     first = fabric.is_global_zero
     say = speaker(machine.quiet or not first)
     images = open_data(inputs, say)
     data = labelled_parts(images, inputs, machine, say)
     torch.manual_seed(machine.seed)
-    vit = open_model(inputs, seed=machine.seed, say=say, num_classes=0, drop_path_rate=train.drop_path)
-    module = discover.load("adapt", name)
+    kind = discover.method_class(discover.load(verb, name))
+    keeps = getattr(kind, "keeps_head", False)  # goes on with the classes that the model already knows
+    vit = open_model(
+        inputs, seed=machine.seed, say=say, num_classes=None if keeps else 0, drop_path_rate=train.drop_path
+    )
     task = Task(images.task, tuple(images.classes))
-    method = discover.method_class(module)(vit, config.method, task=task, classify=classify)
+    if keeps and vit.passport.classes and tuple(vit.passport.classes) != task.classes:
+        raise DataError(
+            f"{images.name} has the classes {_few(task.classes)}, the model {_few(vit.passport.classes)}",
+            fix="the data that the model was adapted to, or a model without a head",
+        )
+    method = kind(vit, config.method, task=task, classify=classify)
     trainable, total = count_parameters(method)
     say(f"{trainable:,} of {total:,} weights train ({trainable / total:.2%})")
     preprocess = vit.passport.preprocess
@@ -150,46 +143,63 @@ def adapt_job(fabric: Any, name: str, config: Config) -> None:
     )
     folder = RunFolder(train.out)
     prepare = prepare_for(preprocess, fabric.device)
-    steps, drop_last = epoch_steps(len(data.train), machine, fabric.world_size)
+    main = chosen_metric(classify.metric, task.kind)
 
     def validate(model: nn.Module) -> tuple[float, dict[str, float]]:
-        from vitkit.evaluate.metrics import main_metric, summary
+        from vitkit.evaluate.metrics import summary
 
         scores = predict_scores(model, data.val, eval_view(preprocess), prepare, machine)
-        found = summary(task.kind, data.val.labels, scores)
-        return found[main_metric(task.kind)], {f"val_{key}": value for key, value in found.items()}
+        found = summary(task.kind, data.val.labels, scores, also=main)
+        return found[main], {f"val_{key}": value for key, value in found.items()}
 
-    quiet = machine.quiet or not first
+    checks, best = validate if len(data.val) else None, classify.select == "best"
+    state = _fit(fabric, method, data.train, view, prepare, config, folder, validate=checks, keep_best=best)
+    if first:
+        method.eval()
+        save_model(folder, method, vit, name=f"{verb}.{name}", config=config, images=images, adapted=True)
+        summary = _summary(verb, name, method, state)
+        judge(folder, summary, method, data, task, preprocess, prepare, machine, main)
+        summary["verdict"] = adapt_verdict(summary, state, len(data.train))
+        finish(folder, summary, state, say)
+    fabric.barrier()
+
+
+def _fit(
+    fabric: Any,
+    method: nn.Module,
+    images: Images,
+    view: Any,
+    prepare: Any,
+    config: Config,
+    folder: RunFolder,
+    **more: Any,
+) -> Any:
+    """The loop over `images`, with progress on the terminal of the first process."""
+    train, machine = config.train, config.machine
+    steps, drop_last = epoch_steps(len(images), machine, fabric.world_size)
+    batches = batches_of(
+        images,
+        view,
+        machine,
+        max_bad=train.max_bad,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        drop_last=drop_last,
+    )
+    quiet = machine.quiet or not fabric.is_global_zero
     with Progress(steps * train.epochs, machine.batch_size, steps_per_epoch=steps, quiet=quiet) as progress:
-        state = fit(
+        return fit(
             method,
-            batches_of(
-                data.train,
-                view,
-                machine,
-                max_bad=train.max_bad,
-                rank=fabric.global_rank,
-                world=fabric.world_size,
-                drop_last=drop_last,
-            ),
+            batches,
             train=train,
             machine=machine,
             fabric=fabric,
             steps_per_epoch=steps,
             prepare=prepare,
             folder=folder,
-            validate=validate if len(data.val) else None,
-            keep_best=classify.select == "best",
             progress=progress,
+            **more,
         )
-    if first:
-        method.eval()
-        save_model(folder, method, vit, name=f"adapt.{name}", config=config, images=images, adapted=True)
-        summary = _summary("adapt", name, config, method, state)
-        judge(folder, summary, method, data, task, preprocess, prepare, machine)
-        summary["verdict"] = adapt_verdict(summary, state, len(data.train))
-        finish(folder, summary, state, say)
-    fabric.barrier()
 
 
 def count_parameters(method: nn.Module) -> tuple[int, int]:
@@ -198,7 +208,23 @@ def count_parameters(method: nn.Module) -> tuple[int, int]:
     return sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
 
 
-def _summary(verb: str, name: str, config: Config, method: nn.Module, state: Any) -> dict:
+def chosen_metric(asked: str, task: str) -> str:
+    """The metric that validation picks an epoch by; refuses one that the task does not have."""
+    from vitkit.evaluate.metrics import NAMES, main_metric
+
+    if asked == "auto":
+        return main_metric(task)
+    if asked not in NAMES[task]:
+        words = {"single": "one label an image", "multi": "many labels an image"}[task]
+        raise ConfigError(f"metric={asked} is not defined for {words}", fix=f"one of: auto, {', '.join(NAMES[task])}")
+    return asked
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(list(names)[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
+
+
+def _summary(verb: str, name: str, method: nn.Module, state: Any) -> dict:
     trainable, total = count_parameters(method)
     return {
         "verb": verb,
@@ -212,6 +238,3 @@ def _summary(verb: str, name: str, config: Config, method: nn.Module, state: Any
         "steps": state.step,
         "best_step": state.best_step,
     }
-
-
-JOBS = {"pretrain": pretrain_job, "adapt": adapt_job}

@@ -41,7 +41,7 @@ def save_model(
     }
     passport.lineage = [*passport.lineage, plain(record)]
     if adapted:
-        passport.steps = [*passport.steps, {"method": name, "settings": plain(config.method)}]
+        passport.steps = [*passport.steps, {"method": name, "settings": plain(method.settings)}]  # as resolved
         passport.classes, passport.task = list(method.task.classes), method.task.kind
     extras = method.extras() if hasattr(method, "extras") else None
     weights.save_run(folder.path, vit, trained=trained, extras=extras)
@@ -57,6 +57,7 @@ def judge(
     preprocess: Preprocess,
     prepare: Any,
     machine: Machine,
+    main: str,
 ) -> None:
     """Score the test split once (the validation split where there is none), with intervals, predictions and pictures."""
     from vitkit.evaluate import metrics, statistics
@@ -67,8 +68,8 @@ def judge(
         summary["metrics"] = []
         return
     scores = predict_scores(method, part, eval_view(preprocess), prepare, machine)
-    found = metrics.summary(task.kind, part.labels, scores)
-    main = metrics.main_metric(task.kind)
+    found = metrics.summary(task.kind, part.labels, scores, also=main)
+    found = {main: found.pop(main), **found}
     interval = statistics.bootstrap(getattr(metrics, main), part.labels, scores, groups=part.group, seed=0)
     summary["metrics"] = [
         _row(key, value, part, split, interval if key == main else None) for key, value in found.items()

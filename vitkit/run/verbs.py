@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vitkit.errors import ConfigError
 from vitkit.run import config as configs
 from vitkit.run import discover
-from vitkit.settings import Classify, Inputs, Machine, Train
+from vitkit.settings import Attack, Classify, Explain, Inputs, Machine, Train
 
 if TYPE_CHECKING:
     from vitkit.run.model import Model, Predictions, Run
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FREE = frozenset({"workers", "quiet", "save_every"})
 PROTOCOLS = ("knn", "linear")
 REQUIRED: tuple[str, ...] = ("model", "data", "out")
+ATTACK = "dta"  # the method of `vitkit attack MODEL`
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,24 @@ class Embedding:
 
 def groups_for(verb: str, name: str | None = None) -> tuple[dict[str, type], dict[str, Any]]:
     """The dataclasses whose fields are a verb's settings, and the method's own defaults for shared ones. Light."""
-    if verb in ("pretrain", "adapt"):
-        settings, recipe = discover.light(verb, name or "")
+    if name is not None and discover.find(verb, name).trains:
+        settings, recipe = discover.light(verb, name)
         made: dict[str, type] = {"inputs": Inputs, "train": Train, "machine": Machine}
-        if verb == "adapt":
+        if discover.find(verb, name).labels:
             made["classify"] = Classify
         return {**made, "method": settings}, recipe
-    return {"inputs": Inputs, "machine": Machine, "own": {"evaluate": Evaluation, "embed": Embedding}[verb]}, {}
+    own = {"evaluate": Evaluation, "embed": Embedding, "explain": Explain, "attack": Attack}[verb]
+    groups: dict[str, type] = {"inputs": Inputs, "machine": Machine, "own": own}
+    if verb == "attack":
+        groups["method"] = discover.light("attack", name or ATTACK)[0]
+    return groups, {}
 
 
 def settings_for(verb: str, name: str | None, given: Mapping[str, Any] | Sequence[str]) -> configs.Config:
     """Resolved settings of `vitkit <verb> [name]` from keywords or command-line words."""
     groups, recipe = groups_for(verb, name)
-    if verb in ("pretrain", "adapt"):
-        method = discover.find(verb, str(name))
-        description, required = method.doc.strip(), REQUIRED
+    if name is not None:
+        description, required = discover.find(verb, name).doc.strip(), REQUIRED
     else:
         description, required = verb_doc(verb), REQUIRED[:2]
     prog = f"vitkit {verb} {name}" if name else f"vitkit {verb}"
@@ -72,6 +76,40 @@ def pretrain(method: str, *, model: Any = None, data: Any = None, out: Any = Non
 def adapt(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
     """Adapt a ViT to labelled images; `vitkit adapt <method> --help` lists the settings."""
     return train("adapt", method, {"model": model, "data": data, "out": out, **settings})
+
+
+def explain(method: Any = None, data: Any = None, *, model: Any = None, out: Any = None, **settings: Any) -> Any:
+    """Show where a ViT looks: attention, rollout, Grad-CAM and Prompt-CAM maps with their faithfulness, patch PCA and
+    similar patches, in one page.
+
+    `explain("runs/a", "photos/", classes="cat,dog")` explains a model and returns its figures; `explain("prompt_cam",
+    model=..., data=..., out=...)` trains one that explains itself and returns the run.
+    """
+    known = [one.name for one in discover.trainable("explain")]
+    if isinstance(method, str) and method.replace("-", "_") in known:
+        return train("explain", method, {"model": model, "data": data, "out": out, **settings})
+    from vitkit.run.explaining import explain_job
+
+    given = {"model": model if method is None else method, "data": data, "out": out, **settings}
+    return explain_job(settings_for("explain", None, _plain(given)))
+
+
+def attack(method: Any = None, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Any:
+    """How easily is this model fooled by someone who only has the public trunk it was adapted from?
+
+    `attack("runs/a", data="photos/")` crafts adversarial images on that trunk (DTA), beside simpler attacks and random
+    noise of the same size, and returns the success rates; `attack("harden", model="runs/a", data=..., out=...)` trains
+    the model on such images and returns the run.
+    """
+    known = [one.name for one in discover.trainable("attack")]
+    if isinstance(method, str) and method.replace("-", "_") in known:
+        return train("attack", method, {"model": model, "data": data, "out": out, **settings})
+    from vitkit.run.attacking import attack_job
+
+    if method == ATTACK:
+        method = None
+    given = {"model": model if method is None else method, "data": data, "out": out, **settings}
+    return attack_job(settings_for("attack", None, _plain(given)))
 
 
 def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> Run:
@@ -186,14 +224,30 @@ def embed(*, model: Any = None, data: Any = None, out: Any = None, **settings: A
     return embed_job(settings_for("embed", None, {key: value for key, value in given.items() if value is not None}))
 
 
-def compare(a: str | Path, b: str | Path, *more: str | Path, out: str | None = None) -> dict[str, Any]:
+def compare(
+    a: Any, b: Any, *more: Any, out: str | None = None, data: Any = None, general: Any = None, **settings: Any
+) -> dict[str, Any]:
     """Compare finished runs: settings that differ, curves side by side, and the paired difference on the same test images.
 
     Writes an HTML report (`out`, by default compare.html beside run `a`) and returns the figures.
-    """
-    from vitkit.run.measure import compare_job
 
-    return compare_job([Path(a), Path(b), *map(Path, more)], out)
+    With `data` two models of any kind (timm name, weights file, run folder) are compared on these images, labelled or not:
+    did going from A to B help? Linear probe, kNN, few-shot and label-free measures with paired intervals, agreement of the
+    two, and what B forgot of the `general` set, in one page with a verdict (`out`: its folder or name).
+    """
+    if data is None:
+        given = [name for name, value in {"general": general, **settings}.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]} is for comparing models on images", fix="add data (--data D)")
+        from vitkit.run.measure import compare_job
+
+        return compare_job([Path(a), Path(b), *map(Path, more)], out)
+    if more:
+        raise ConfigError(f"{2 + len(more)} models with data", fix="give two: before and after")
+    from vitkit.run import helped
+
+    given_all = {"data": str(data), "out": out, "general": general, **settings}
+    return helped.helped_job(a, b, helped.settings_for({k: v for k, v in given_all.items() if v is not None}))
 
 
 def report(run: str | Path) -> Path:
@@ -246,7 +300,9 @@ def demo(*, out: str = "runs/demo", seeds: int = 3, quick: bool = False) -> Path
 
 def verb_doc(verb: str) -> str:
     """A verb's docstring."""
-    return (globals()[verb].__doc__ or "").strip()
+    import inspect
+
+    return inspect.cleandoc(globals()[verb].__doc__ or "")
 
 
 def _defaults(verb: str, name: str) -> dict[str, Any]:
@@ -255,6 +311,11 @@ def _defaults(verb: str, name: str) -> dict[str, Any]:
     for kind in groups.values():
         values.update(configs.defaults_of(kind))
     return {key: value for key, value in values.items() if key not in ("model", "data", "out")}
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords that were given, paths as text."""
+    return {key: str(v) if key in REQUIRED else v for key, v in given.items() if v is not None}
 
 
 def _rank() -> int:
