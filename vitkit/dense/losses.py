@@ -1,0 +1,27 @@
+"""Losses for masks: soft Dice, and Dice + cross-entropy, equal to MONAI's with softmax and one-hot targets.
+
+Logits (B, C, *size), targets (B, *size) class numbers; 255 = unknown, which counts for nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNKNOWN = 255
+
+
+def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """Mean over images and classes (background included) of 1 - (2 sum p g + s) / (sum p + sum g + s), p = softmax."""
+    known = target != UNKNOWN
+    one_hot = F.one_hot(torch.where(known, target, 0).long(), logits.shape[1]).movedim(-1, 1)
+    inside = known.unsqueeze(1)
+    p, g = (logits.softmax(1) * inside).flatten(2), (one_hot * inside).flatten(2).to(logits.dtype)
+    overlap, total = (p * g).sum(-1), p.sum(-1) + g.sum(-1)  # (B, C)
+    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+
+
+def dice_ce_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """`dice_loss` + cross-entropy over known pixels, weights 1 and 1."""
+    return dice_loss(logits, target, smooth=smooth) + F.cross_entropy(logits, target.long(), ignore_index=UNKNOWN)
