@@ -97,8 +97,8 @@ def _command() -> str:
 
 
 def explains_itself(vit: Any) -> bool:
-    """Whether the model has class prompts (Prompt-CAM)."""
-    return any(step.get("method") == "explain.prompt_cam" for step in vit.passport.steps)
+    """Whether the model scores classes from class prompts (Prompt-CAM), and no other head was put on top since."""
+    return bool(getattr(vit, "reads_prompts", False))
 
 
 def choose_kinds(vit: Any, wanted: Any, say: Say) -> list[str]:
