@@ -157,6 +157,18 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path, verb, name, own
         assert step == again and a == pytest.approx(b, rel=1e-4)
 
 
+def test_torchrun_starts_the_processes_and_its_numbers_count(tmp_path):
+    own = {**COMMON, **MAE, "epochs": 1, "max_steps": 2}
+    vitkit.pretrain("mae", **own, out=str(tmp_path / "one"))
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps({**own, "batch_size": own["batch_size"] // 2, "out": str(tmp_path / "two")}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "vitkit", "pretrain", "mae", "--config", str(path)]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    for (step, a), (again, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert step == again and a == pytest.approx(b, rel=1e-4)
+
+
 def test_a_nan_stops_before_the_step_and_keeps_the_batch(tmp_path, monkeypatch):
     from vitkit.pretrain.mae import MAE as Method
 

@@ -42,18 +42,35 @@ class Interrupted(KeyboardInterrupt):
 
 
 def make_fabric(machine: Machine) -> Any:
-    """Lightning Fabric for these settings; several processes start by its own launcher, or by torchrun around it."""
+    """Lightning Fabric for these settings; several processes start by its own launcher, or by torchrun or srun around it."""
     import logging
-    import os
 
     from lightning_fabric import Fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    around = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
-    strategy = "auto" if machine.devices == 1 and not around else "ddp" if around else "ddp_spawn"
+    nodes, here = launched() or (1, machine.devices)
+    strategy = "ddp" if launched() else "auto" if machine.devices == 1 else "ddp_spawn"
     return Fabric(
-        accelerator=machine.accelerator, devices=machine.devices, strategy=strategy, precision=precision_of(machine)
+        accelerator=machine.accelerator,
+        devices=here,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision_of(machine),
     )
+
+
+def launched() -> tuple[int, int] | None:
+    """(machines, processes on each) where torchrun or srun has started them: their numbers count, not `devices`."""
+    import os
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]) // here, here
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1:  # a batch script of one task may still ask for several devices
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return nodes, tasks // nodes
+    return None
 
 
 def precision_of(machine: Machine) -> str:
