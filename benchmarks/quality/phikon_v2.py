@@ -159,7 +159,7 @@ def one_seed(cells: dict, rare: int, seed: int, quick: bool) -> dict[str, float]
 
 def ranked_first(ensemble: Ensemble, bags: Bags, places: list[int]) -> float:
     """Share of positive slides whose positive tile has the largest weight."""
-    hits = [int(ensemble.attention(bags, i).argmax()) == place for i, place in enumerate(places) if place >= 0]
+    hits = [int(ensemble.attention(bags.tiles(i)).argmax()) == place for i, place in enumerate(places) if place >= 0]
     return float(np.mean(hits))
 
 

@@ -284,8 +284,9 @@ def test_a_finished_slide_is_skipped_and_whatever_changed_is_made_anew(tmp_path,
 
 
 def test_a_run_that_is_stopped_leaves_whole_files_and_goes_on(tmp_path, folder, vit):
-    def stop(done, total):
-        raise KeyboardInterrupt
+    def stop(so_far):
+        if so_far.done:
+            raise KeyboardInterrupt
 
     out = tmp_path / "features"
     with pytest.raises(KeyboardInterrupt):
@@ -359,7 +360,7 @@ def test_bags_from_files_and_a_table(embedded):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("slide,label\ncase0,0\ncase9,1\n", r"labels for 1 slides without features in .*: case9"),
+        ("slide,label\ncase0,0\ncase9,1\n", r"labels for 1 of 2 slides without features in .*: case9"),
         ("slide,label\ncase0,0\ncase0.png,1\n", "several rows: case0"),
         ("slide,label\ncase0,0\ncase1,\n", "no label for case1"),
         ("slide,label\ncase0,1\ncase1,1\n", "all slides are of one class, 1"),
@@ -411,4 +412,4 @@ def test_heatmap_paints_tiles_where_they_lie():
 
 
 def test_the_store_names_its_format():
-    assert store._FORMAT == "vitkit.slide/1"
+    assert store._FORMAT == "vitkit.slide/2"

@@ -78,6 +78,27 @@ def test_the_order_of_tiles_does_not_matter_and_gradients_reach_every_used_weigh
     assert all(n.startswith("tiles_values") for n in unused)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_real_tiles_only_give_the_logits_of_padded_bags(name):
+    head, bags = heads()[name], slides(5, tiles=(2, 9))
+    places = bags.places(np.arange(5))
+    x, at = bags.flat(places)
+    assert len(x) == bags.lengths.sum() and torch.equal(at < 0, places < 0)
+    with torch.no_grad():
+        assert torch.allclose(head.flat(x, at), head(*bags.batch(places)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mean", "max"])
+def test_slides_that_are_pooled_once_train_to_the_same_weights(name, monkeypatch):
+    bags = slides()
+    jobs = protocols._jobs(bags, Recipe(head=name, options=SMALL[name], epochs=3, batch_size=8, lr=1e-2), 2, (0,))
+    once = fit(bags, jobs)
+    monkeypatch.setattr(train, "_pooling", lambda *_: None)
+    for a, b in zip(once, fit(bags, jobs), strict=True):
+        assert all(torch.allclose(a.state[k], b.state[k], atol=1e-5) for k in a.state)
+        np.testing.assert_allclose(a.curve, b.curve)
+
+
 def test_the_heads_of_the_sheet():
     assert sum(p.numel() for p in HEADS["abmil"](1024, 1).parameters()) == 164_482
     x = torch.randn(1, 4, 3 + DIM)
@@ -106,9 +127,9 @@ def test_original_transmil_depends_on_padding_and_ours_does_not():
 def moot(recipe, bags):
     """Biases that shift all tiles of a softmax, or all risks or classes: no gradient but rounding, which Adam blows up."""
     shared = bags.survival or (recipe.head == "chowder" and bags.outputs > 1)
-    last = recipe.build(bags, 0).state_dict().keys()
-    ends = [key for key in last if key.startswith("mlp.") and key.endswith("bias")][-1:] if shared else []
-    return {"attention_layer.w.bias", *ends}
+    biases = [key for key in recipe.build(bags, 0).state_dict() if key.endswith("bias")]
+    ends = [[key for key in biases if key.startswith(start)][-1:] for start in ("mlp.", "tiles_scores.")]
+    return {"attention_layer.w.bias", *(end for part in ends for end in part if shared)}
 
 
 @pytest.mark.parametrize("kind", ["two classes", "three classes", "survival"])
@@ -131,8 +152,8 @@ def test_stacking_in_parts_that_fit_into_memory_changes_nothing(monkeypatch):
     bags = slides()
     jobs = protocols._jobs(bags, Recipe(options=SMALL["abmil"], epochs=2, batch_size=8), 4, (0,))
     whole = fit(bags, jobs)
-    monkeypatch.setattr(train, "_BYTES", 4 * 8 * 8 * DIM * 2)
-    assert len(list(train._groups(bags, jobs, True))) > 1
+    monkeypatch.setattr(train, "_BYTES", (4 * 8 * 8 * DIM * 2,) * 2)
+    assert len(list(train._groups(bags, jobs, True, torch.device("cpu")))) > 1
     for a, b in zip(whole, fit(bags, jobs), strict=True):
         keys = a.state.keys() - moot(jobs[0].recipe, bags)
         assert all(torch.allclose(a.state[k], b.state[k], atol=2e-5) for k in keys)
@@ -264,7 +285,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_survives_its_file(tmp_path):
     np.testing.assert_allclose(members, np.stack(single), atol=1e-6)
     again = ensemble.Ensemble.load(found.save(tmp_path / "heads.safetensors"))
     assert np.array_equal(again.scores(bags), found.scores(bags))
-    weights = again.attention(bags, 0)
+    weights = again.attention(bags.tiles(0))
     assert len(weights) == len(bags.tiles(0)) and weights.sum() == pytest.approx(1)
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(WeightsError, match="not a file of slide heads"):

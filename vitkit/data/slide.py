@@ -29,6 +29,8 @@ PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _SAME = 0.02  # relative difference of resolutions that is not resampled
 _LONGEST = 8192  # pixels of an overview's long side
 _STRIP = 1 << 24  # pixels read at once for an overview
+_COARSEST = 20.0  # micrometres a pixel; 1200 dots an inch are 21
+_TILE = 4096  # pixels: a folder of smaller pictures is one slide that was cut before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def _openslide(path: Path) -> Slide:
         file = openslide.OpenSlide(str(path))
     except (openslide.OpenSlideError, OSError) as error:
         raise DataError(
-            f"{path}: cannot be read as a slide ({str(error) or type(error).__name__})",
+            f"{path}: cannot be read as a slide ({str(error).replace(f'Reading {path}: ', '') or type(error).__name__})",
             fix=f"a format openslide knows ({', '.join(sorted(SLIDES))}), or convert it to PNG or tiled TIFF",
         ) from None
 
@@ -170,18 +172,20 @@ def _openslide(path: Path) -> Slide:
 
 
 def _mpp(file: Any) -> float | None:
-    """Micrometres a pixel of level 0: the mean of both axes; None where the file does not say it."""
+    """Micrometres a pixel of level 0: the mean of both axes; None where the file does not say it, or says what only a
+    printer's dots per inch are."""
     try:
         both = [float(file.properties[f"openslide.mpp-{axis}"]) for axis in "xy"]
     except (KeyError, ValueError):
         return None
-    return sum(both) / 2 if min(both) > 0 else None
+    return sum(both) / 2 if min(both) > 0 and max(both) <= _COARSEST else None
 
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """The tiles of one slide: `coords` (n, 2) x, y of the top left corners and `side`, in level-0 pixels; `mpp` of the
-    tiles' pixels (None unknown); `tissue` (n,) share of each tile that is tissue."""
+    tiles' pixels (None unknown); `tissue` (n,) share of each tile that is tissue; `grid` how many tiles there were to choose
+    from; `overview` the picture in which tissue was sought, if it was."""
 
     slide: Slide
     size: int
@@ -190,9 +194,21 @@ class Tiles:
     level: int
     mpp: float | None
     tissue: np.ndarray
+    grid: int = 0
+    overview: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    def thumbnail(self, longest: int) -> np.ndarray:
+        """The whole slide, uint8 (h, w, 3); from the overview in which tissue was sought, where that is large enough."""
+        from PIL import Image
+
+        if self.overview is None or max(self.overview.shape) < min(longest, max(self.slide.size)):
+            return self.slide.thumbnail(longest)
+        picture = Image.fromarray(self.overview)
+        picture.thumbnail((longest, longest), Image.Resampling.BOX)
+        return np.asarray(picture)
 
     def read(self, i: int) -> np.ndarray:
         """uint8 (size, size, 3)."""
@@ -226,9 +242,10 @@ def tile(slide: Slide, tiling: Tiling | None = None) -> Tiles:
     columns, rows = (max(1, math.ceil((edge - 0.5) / side)) for edge in slide.size)
     y, x = np.divmod(np.arange(columns * rows), columns)
     coords = np.stack([np.round(x * side), np.round(y * side)], axis=1).astype(np.int64)
-    share = np.ones(len(coords))
+    share, grid, overview = np.ones(len(coords)), len(coords), None
     if tiling.min_tissue > 0:
-        share = _tissue_of(slide, coords, side)
+        overview = slide.overview(max(1.0, side / CELL, max(slide.size) / _LONGEST))
+        share = _tissue_of(slide, coords, side, overview)
         keep = share >= tiling.min_tissue
         if not keep.any():
             raise DataError(
@@ -236,12 +253,13 @@ def tile(slide: Slide, tiling: Tiling | None = None) -> Tiles:
                 fix="a smaller min_tissue, or 0 to keep every tile of a picture that is not stained tissue",
             )
         coords, share = coords[keep], share[keep]
-    return Tiles(slide, tiling.size, coords, side, level, None if mpp is None else mpp * side / tiling.size, share)
+    made = None if mpp is None else mpp * side / tiling.size
+    return Tiles(slide, tiling.size, coords, side, level, made, share, grid, overview)
 
 
-def _tissue_of(slide: Slide, coords: np.ndarray, side: float) -> np.ndarray:
+def _tissue_of(slide: Slide, coords: np.ndarray, side: float, overview: np.ndarray) -> np.ndarray:
     """Share of tissue in each tile, from sums over the overview's mask."""
-    mask = tissue_mask(slide.overview(max(1.0, side / CELL, max(slide.size) / _LONGEST)))
+    mask = tissue_mask(overview)
     sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     per = np.array([mask.shape[1] / slide.size[0], mask.shape[0] / slide.size[1]])  # overview pixels a level-0 pixel
     first = np.round(coords * per).astype(int)
@@ -260,7 +278,7 @@ def _mpp_fix(slide: Slide) -> str:
 @dataclass(frozen=True, eq=False)
 class TileFolder:
     """A slide that was cut before: a folder of tile pictures. `coords` from two numbers at the end of the names (`x_y`),
-    -1 where they have none; `side` is unknown (nan)."""
+    -1 where they have none; `side` their smallest step, nan where there is none."""
 
     path: Path
     files: list[Path]
@@ -283,25 +301,22 @@ def tile_folder(path: str | Path) -> TileFolder:
     if not files:
         raise DataError(f"{path}: a slide's folder without tiles", fix="put its tile pictures there, or remove it")
     found = [re.search(r"(\d+)\D+(\d+)\D*$", file.stem) for file in files]
-    coords = [(int(m[1]), int(m[2])) if m else (-1, -1) for m in found]
-    return TileFolder(path, files, np.array(coords, dtype=np.int64))
+    coords = np.array([(int(m[1]), int(m[2])) if m else (-1, -1) for m in found], dtype=np.int64)
+    if not all(found) or len(np.unique(coords, axis=0)) < len(coords):
+        return TileFolder(path, files, np.full_like(coords, -1))
+    steps = [np.diff(np.unique(axis)) for axis in coords.T]
+    return TileFolder(path, files, coords, float(min((s.min() for s in steps if len(s)), default=math.nan)))
 
 
 def find_slides(source: str | Path) -> list[Path]:
-    """Slides of a folder: slide files and big pictures in it, and its subfolders that hold tiles or a DICOM slide. A path
-    to one slide gives that one."""
+    """Slides of a folder: slide files and big pictures in it, and its subfolders: those that hold tiles or a DICOM slide
+    are slides, others (one a patient, a class or a download) are searched. A path to one slide gives that one."""
     source = Path(source)
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise DataError(f"{source}: there is no such folder", fix="a folder of slides, or of folders of tiles")
-    found = []
-    for path in sorted(source.iterdir()):
-        if path.name.startswith("."):
-            continue
-        inside = path.is_dir() and any(f.suffix.lower() == ".dcm" or pixels.is_image(f.name) for f in path.iterdir())
-        if inside or (path.is_file() and path.suffix.lower() in SLIDES | PICTURES):
-            found.append(path)
+    found = _slides_in(source)
     if not found:
         raise DataError(f"{source}: holds no slides", fix=f"files {', '.join(sorted(SLIDES))}, or folders of tiles")
     names = [stem(path.name) for path in found]
@@ -311,6 +326,35 @@ def find_slides(source: str | Path) -> list[Path]:
             f"{source}: several slides are called {some(twice)}", fix="rename them: a slide's name is its file's"
         )
     return found
+
+
+def _slides_in(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file() and path.suffix.lower() in SLIDES | PICTURES:
+            found.append(path)
+        elif path.is_dir():
+            found += [path] if _is_one_slide(path) else _slides_in(path)
+    return found
+
+
+def _is_one_slide(folder: Path) -> bool:
+    """Whether a folder is a DICOM slide or a slide's tiles: pictures that are small, or as little as that can be seen."""
+    from PIL import Image
+
+    inside = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    if any(path.suffix.lower() == ".dcm" for path in inside):
+        return True
+    first = next((path for path in inside if pixels.is_image(path.name)), None)
+    if first is None:
+        return False
+    try:
+        with Image.open(first) as picture:
+            return max(picture.size) <= _TILE
+    except Exception:  # a slide that PIL does not read, or a damaged tile
+        return first.suffix.lower() not in SLIDES
 
 
 def stem(name: str) -> str:

@@ -158,6 +158,25 @@ class Bags:
             out[row, : len(chosen)] = first + chosen
         return torch.from_numpy(out)
 
+    def flat(self, places: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The real tiles of `places` (..., B, T) only: float32 rows (..., M, D), and where each place finds its tile among
+        them (..., B, T), -1 where padded. Several models' rows are as many as the longest's."""
+        real = (places >= 0).flatten(-2)  # (..., B T)
+        at = real.cumsum(-1) - 1
+        counts = real.sum(-1)
+        rows = places.new_zeros(*counts.shape, int(counts.max()))
+        filled = torch.arange(rows.shape[-1]) < counts.unsqueeze(-1)
+        rows[filled] = places.flatten(-2)[real]
+        x = self.features[rows].to(device).float()
+        return x, at.masked_fill(~real, -1).view(places.shape).to(device)
+
+    def pooled(self, how: str) -> Bags:
+        """Every slide as a bag of one vector: the mean or the maximum of its tiles. What mean- and max-pooling heads see."""
+        rows = [self.tiles(i).float() for i in range(len(self))]
+        x = torch.stack([row.mean(0) if how == "mean" else row.amax(0) for row in rows])
+        at = np.arange(len(self))
+        return replace(self, features=x, start=at, stop=at + 1)
+
     def batch(self, places: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """float32 bags (..., T, D) with zeros where padded, and the mask (..., T), for `places` (..., T)."""
         mask = (places < 0).to(device)
@@ -173,6 +192,8 @@ def load_bags(
     label: str = "label",
     patient: str | None = "patient",
     event: str | None = None,
+    positive: str | None = None,
+    missing: str = "raise",
     max_tiles: int | None = None,
     seed: int = 0,
 ) -> Bags:
@@ -180,57 +201,125 @@ def load_bags(
 
     slide: column with the slides' names (with or without ending). label: column of classes, or of times when `event` names
     a column of 0/1 (1 = event, 0 = censored). patient: column of patients; a table without a column of the default name
-    makes every slide a patient of its own. max_tiles: keep so many random tiles of each slide in memory.
+    makes every slide a patient of its own. positive: the class that scores are of, where there are two (by default the
+    last in order). missing: what labels of slides without features do: "raise", or "skip" them. max_tiles: keep so many
+    random tiles of each slide in memory. Slides without labels are left out (`without_labels` lists them).
     """
-    from .store import read_features
-
-    rows = _table(table)
+    if missing not in ("raise", "skip"):
+        raise ConfigError(f"missing is {missing!r}", fix='use "raise" or "skip"')
+    rows = _table(table, slide, patient)
     needed = [slide, label, *([event] if event else []), *([patient] if patient not in (None, "patient") else [])]
     for column in needed:
         if column not in rows:
             raise ConfigError(f"{table} has no column '{column}'", fix=choose(column, list(rows.columns)))
-    lacking = rows[needed].isna().any(axis=1)
-    if lacking.any():
-        raise DataError(
-            f"{table}: no label for {some(rows.loc[lacking, slide].tolist())}", fix="fill the cells or remove the rows"
-        )
-    names = [_stem(name) for name in rows[slide].astype(str)]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    for column in {*needed, *({patient} & {*rows.columns})}:
+        what = "patient" if column == patient else "label" if column != slide else "name"
+        _require_filled(rows, column, slide, f"{table}: no {what}")
+    rows = rows.assign(**{slide: [_stem(name) for name in rows[slide]]})
+    twice = sorted({*rows.loc[rows[slide].duplicated(), slide]})
     if twice:
         raise DataError(f"{table}: slides with several rows: {some(twice)}", fix="one row a slide")
-    files = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
-    unknown = [name for name in names if name not in files]
-    if unknown:
+    files = feature_files(folder)
+    unknown = [name for name in rows[slide] if name not in files]
+    if unknown and (missing == "raise" or len(unknown) == len(rows)):
         raise DataError(
-            f"{table} has labels for {len(unknown)} slides without features in {folder}: {some(unknown)}",
-            fix="embed these slides first, or remove their rows",
+            f"{table} has labels for {len(unknown)} of {len(rows)} slides without features in {folder}: {some(unknown)}",
+            fix="embed these slides first, remove their rows, or leave them out with missing=skip",
         )
-    rng, tensors, keys = np.random.default_rng(seed), [], {}
-    for name in names:
+    rows = rows[~rows[slide].isin(unknown)]
+    names = rows[slide].tolist()
+    values, classes = _labels(rows, label, event, str(table))
+    if positive is not None and event is None:
+        values, classes = _positive_last(values, classes, positive)
+    loaded = read_bags(folder, names, max_tiles=max_tiles, seed=seed)
+    patients = rows[patient].tolist() if patient in rows else names
+    return replace(loaded, labels=values, patients=np.array([str(p) for p in patients]), classes=classes)
+
+
+def _require_filled(rows: Any, column: str, slide: str, what: str) -> None:
+    lacking = rows[column].isna()
+    if lacking.any():
+        few = some([str(name) for name in rows.loc[lacking, slide].tolist()])
+        raise DataError(f"{what} for {few}", fix="fill the cells or remove the rows")
+
+
+def feature_files(folder: str | Path) -> dict[str, Path]:
+    """{slide: its file} of a folder that `embed_slides` wrote."""
+    found = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+    if not found:
+        raise DataError(f"{folder}: holds no slide features", fix="a folder that `vitkit slides embed --out` wrote")
+    return found
+
+
+def without_labels(folder: str | Path, bags: Bags) -> list[str]:
+    """Slides that have features but are not among `bags`."""
+    return sorted({*feature_files(folder)} - {*bags.names})
+
+
+def read_bags(
+    folder: str | Path, names: Sequence[str] | None = None, *, max_tiles: int | None = None, seed: int = 0
+) -> Bags:
+    """Slides of a folder of feature files (all, or those of `names` in that order), every one labelled 0 of one class."""
+    from .store import read_features, shape_of
+
+    files = feature_files(folder)
+    names = list(files) if names is None else list(names)
+    shapes = [shape_of(files[name]) for name in names]
+    widths = sorted({dim for _, dim in shapes})
+    keep = np.array([min(n, max_tiles or n) for n, _ in shapes])
+    if len(widths) > 1:
+        raise _mixed(folder, [names[[dim for _, dim in shapes].index(width)] for width in widths])
+    stop, rng = np.cumsum(keep), np.random.default_rng(seed)
+    out, keys = torch.empty(int(stop[-1]), widths[0], dtype=torch.float16), {}
+    for name, last, count in zip(names, stop, keep, strict=True):
         found = read_features(files[name])
         keys.setdefault(found.key, name)
         x = found.features
-        if max_tiles is not None and len(x) > max_tiles:
-            x = x[torch.from_numpy(rng.choice(len(x), max_tiles, replace=False))]
-        tensors.append(x)
+        if not torch.isfinite(x).all():
+            raise DataError(f"slide {name}: features that are not finite", fix="remove its file and embed it again")
+        out[last - count : last] = x if len(x) == count else x[torch.from_numpy(rng.permutation(len(x))[:count])]
     if len(keys) > 1:
-        raise DataError(
-            f"{folder} mixes features of {len(keys)} encoders or tilings (e.g. {' and '.join(list(keys.values())[:2])})",
-            fix="run the embedding again with one model and one tiling: other files are made anew",
-        )
-    values, classes = _labels(rows, label, event, str(table))
-    patients = rows[patient].astype(str).tolist() if patient in rows else None
-    return Bags.of(tensors, values, patients=patients, names=names, classes=classes, key=next(iter(keys), ""))
+        raise _mixed(folder, list(keys.values()))
+    return Bags(
+        features=out,
+        start=stop - keep,
+        stop=stop,
+        labels=np.zeros(len(names), np.int64),
+        patients=np.array(names),
+        names=names,
+        classes=["-"],
+        key=next(iter(keys)),
+    )
 
 
-def _table(path: str | Path) -> Any:
+def _mixed(folder: str | Path, examples: list[str]) -> DataError:
+    return DataError(
+        f"{folder} mixes features of {len(examples)} encoders or tilings (e.g. {' and '.join(examples[:2])})",
+        fix="run the embedding again with one model and one tiling: other files are made anew",
+    )
+
+
+def _positive_last(values: np.ndarray, classes: list[str], positive: str) -> tuple[np.ndarray, list[str]]:
+    if positive not in classes:
+        raise ConfigError(f"positive is {positive}, which no slide is", fix=choose(positive, classes))
+    order = [name for name in classes if name != positive] + [positive]
+    return np.array([order.index(classes[value]) for value in values], dtype=np.int64), order
+
+
+def _table(path: str | Path, slide: str, patient: str | None) -> Any:
     import pandas as pd
 
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such table", fix="a CSV or Parquet file with the columns slide and label")
+    names = [slide, *([patient] if patient else [])]
     try:
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"slide": str})
+        if path.suffix == ".parquet":
+            rows = pd.read_parquet(path)
+            texts = {name: rows[name].map(str, na_action="ignore") for name in names if name in rows}
+            return rows.assign(**texts)
+        separator = "\t" if path.suffix == ".tsv" else ","
+        return pd.read_csv(path, sep=separator, dtype=dict.fromkeys(names, str))  # 007 stays 007
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error})", fix="CSV with a header, or Parquet") from None
 

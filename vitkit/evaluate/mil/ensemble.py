@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import functional_call, stack_module_state, vmap
 
 from vitkit.errors import ConfigError, WeightsError
 
 from .bags import Bags
 from .train import Recipe, Trained, module
+
+_BYTES = 64 << 20  # of tile features looked at together
 
 
 @dataclass
@@ -27,7 +28,12 @@ class Ensemble:
     classes: list[str] = field(default_factory=list)
     key: str = ""  # of the features they were trained on
 
-    def member_scores(self, bags: Bags, *, device: str | torch.device = "cpu", slides: int = 16) -> np.ndarray:
+    @property
+    def survival(self) -> bool:
+        return not self.classes
+
+    @torch.no_grad()
+    def member_scores(self, bags: Bags, *, device: str | torch.device = "cpu") -> np.ndarray:
         """(M, N, C): sigmoid or softmax of each member's logits (C = 1 for two classes), or its risk; all tiles."""
         if bags.dim != self.dim:
             raise ConfigError(
@@ -38,34 +44,24 @@ class Ensemble:
                 "these features are of another encoder or tiling than those the heads were trained on",
                 fix="embed both with one model and one tiling",
             )
-        out = np.empty((len(self.members), len(bags), self.outputs), np.float32)
-        order = np.argsort(bags.lengths, kind="stable")  # bags of like length together: little padding
-        for together, indices in self._alike():
-            for at in range(0, len(order), slides):
-                rows = order[at : at + slides]
-                x, mask = bags.batch(bags.places(rows), device)
-                out[np.ix_(indices, rows)] = together(x, mask).cpu().numpy()
-        if bags.survival:
+        heads = [module(self.dim, self.outputs, member).to(device) for member in self.members]
+        out = np.empty((len(heads), len(bags), self.outputs), np.float32)
+        for rows in _parts(bags):
+            x, at = bags.flat(bags.places(rows), device)
+            for i, head in enumerate(heads):
+                out[i, rows] = head.flat(x, at).cpu().numpy()
+        if self.survival:
             return out
         return 1 / (1 + np.exp(-out)) if self.outputs == 1 else torch.softmax(torch.from_numpy(out), -1).numpy()
-
-    def _alike(self) -> Iterator[tuple[Callable, list[int]]]:
-        """(function giving logits (M, B, C), members) for each kind of head; stackable ones share the pass over tiles."""
-        kinds: dict[str, list[int]] = {}
-        for i, member in enumerate(self.members):
-            kinds.setdefault(member.recipe.head + repr(member.recipe.options), []).append(i)
-        for indices in kinds.values():
-            heads = [module(self.dim, self.outputs, self.members[i]) for i in indices]
-            yield torch.no_grad()(_runner(heads)), indices
 
     def scores(self, bags: Bags, *, device: str | torch.device = "cpu") -> np.ndarray:
         """The ensemble's scores (N, C)."""
         return self.member_scores(bags, device=device).mean(0)
 
     @torch.no_grad()
-    def attention(self, bags: Bags, i: int) -> np.ndarray:
-        """How much each tile of slide i counts (T,), mean over the members; sums to 1."""
-        x = bags.tiles(i).float().unsqueeze(0)
+    def attention(self, features: torch.Tensor) -> np.ndarray:
+        """How much each tile of a slide counts (T,), from its features (T, D); mean over the members, sums to 1."""
+        x = features.float().unsqueeze(0)
         weights = [module(self.dim, self.outputs, member).tile_weights(x)[0] for member in self.members]
         return torch.stack(weights).mean(0).numpy()
 
@@ -101,15 +97,20 @@ class Ensemble:
         return cls(members, **content)
 
 
-def _runner(heads: list) -> Callable:
-    """Logits (M, B, C) of all `heads` on the same bags."""
-    if len(heads) == 1 or not heads[0].stackable:
-        return lambda x, mask: torch.stack([head(x, mask) for head in heads])
-    parameters, _ = stack_module_state(heads)
-    call = lambda p, x, mask: functional_call(heads[0], p, (x, mask))  # noqa: E731
-    return lambda x, mask: vmap(call, in_dims=(0, None, None))(parameters, x, mask)
+def _parts(bags: Bags) -> Iterator[np.ndarray]:
+    """Slides whose tiles fit into memory together; those of like length, so that there is little padding."""
+    part: list[int] = []
+    most, held = _BYTES // (4 * bags.dim), 0
+    for i in np.argsort(bags.lengths, kind="stable").tolist():
+        if part and held + bags.lengths[i] > most:
+            yield np.array(part)
+            part, held = [], 0
+        part.append(i)
+        held += int(bags.lengths[i])
+    if part:
+        yield np.array(part)
 
 
-def ensemble_of(bags: Bags, members: list[Trained]) -> Ensemble:
+def ensemble_of(bags: Bags, members: Sequence[Trained]) -> Ensemble:
     """Heads trained on `bags`, together."""
-    return Ensemble(members, bags.dim, bags.outputs, list(bags.classes), bags.key)
+    return Ensemble(list(members), bags.dim, bags.outputs, list(bags.classes), bags.key)

@@ -2,9 +2,12 @@
 
 Every head takes bags `x` (B, T, columns + D) and `mask` (B, T) or (B, T, 1), True where a place is only padding, and gives
 logits (B, C). What stands in padded places never matters: they are left out where tiles are pooled, so that a bag alone
-and the same bag padded in a batch give the same logits. `metadata_cols` leading columns (level, x, y in files of the
-original code) are dropped; vitkit's own files hold features only, so the default is 0. Parameter names are those of
-owkin/HistoSSLscaling (73f1d191), whose state dicts load with `load_state_dict`.
+and the same bag padded in a batch give the same logits. A head has two halves: `tile` is computed for each tile on its own,
+`bag` pools. `flat` runs the first half on real tiles only, without the padding that bags of different length bring.
+
+`metadata_cols` leading columns (level, x, y in files of the original code) are dropped; vitkit's own files hold features
+only, so the default is 0. Parameter names are those of owkin/HistoSSLscaling (73f1d191), whose state dicts load with
+`load_state_dict`.
 
 Sources: ABMIL is Ilse et al. 2018 (arXiv 1802.04712), Chowder Courtiol et al. 2018 (arXiv 1802.02212), DSMIL Li et al.
 2021 (arXiv 2011.08939). `transformers` has TransMIL and HIPT's head.
@@ -71,9 +74,10 @@ class TilesMLP(nn.Module):
 
 class Head(nn.Module):
     """What heads share. `stackable`: many of them can be trained as one (no randomness, no shapes that depend on the
-    number of real tiles)."""
+    number of real tiles). `pooled`: "mean" or "max" where a slide enters as one vector that no weight changes."""
 
     stackable = True
+    pooled: str | None = None
 
     def __init__(self, metadata_cols: int = 0):
         super().__init__()
@@ -84,6 +88,23 @@ class Head(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """The bag without its metadata columns."""
         return x[..., self.metadata_cols :]
+
+    def tile(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is computed for every tile on its own: (..., columns + D) -> tensors (..., width)."""
+        return (self.features(x),)
+
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """Logits (B, C) from what `tile` gave, as (B, T, width)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.bag(self.tile(x), mask)
+
+    def flat(self, x: Tensor, places: Tensor) -> Tensor:
+        """The same logits from tiles x (M, columns + D) of all bags; places (B, T) says which rows are a bag's, -1 padding."""
+        at = places.clamp_min(0)
+        parts = tuple(part.index_select(0, at.flatten()).unflatten(0, at.shape) for part in self.tile(x))
+        return self.bag(parts, places < 0)
 
     def tile_weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """How much each tile (B, T) counts for the slide; 0 in padded places. Heads without one raise ConfigError."""
@@ -113,10 +134,13 @@ class GatedAttention(nn.Module):
         self.att, self.gate, self.w = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 1)
         self.temperature = temperature
 
+    def scores(self, e: Tensor) -> Tensor:
+        """(..., dim) -> (..., 1)."""
+        return self.w(torch.tanh(self.att(e)) * torch.sigmoid(self.gate(e))) / self.temperature
+
     def forward(self, e: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weights (B, T, 1) that sum to one over a bag's tiles."""
-        scores = self.w(torch.tanh(self.att(e)) * torch.sigmoid(self.gate(e))) / self.temperature
-        return torch.softmax(hide(scores, mask, float("-inf")), dim=1)
+        return torch.softmax(hide(self.scores(e), mask, float("-inf")), dim=1)
 
 
 class ABMIL(Head):
@@ -142,14 +166,21 @@ class ABMIL(Head):
         self.attention_layer = GatedAttention(dim, temperature=temperature)
         self.mlp = MLP(dim, out_features, hidden, act=act, dropout=dropout)
 
+    def tile(self, x: Tensor) -> tuple[Tensor, ...]:
+        e = self.tiles_emb(self.features(x))
+        return e, self.attention_layer.scores(e)
+
     def pool(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> slide vectors (B, dim), attention (B, T, 1)."""
-        e = self.tiles_emb(self.features(x))  # (B, T, dim)
-        a = self.attention_layer(e, mask)
+        return self._pool(self.tile(x), mask)
+
+    def _pool(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        e, scores = parts
+        a = torch.softmax(hide(scores, mask, float("-inf")), dim=1)
         return (a.transpose(1, 2) @ e).squeeze(1), a
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(self.pool(x, mask)[0])
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        return self.mlp(self._pool(parts, mask)[0])
 
     def tile_weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.pool(x, mask)[1].squeeze(-1)
@@ -184,9 +215,12 @@ class Chowder(Head):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def extremes(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, n_top + n_bottom, C): top scores descending, then bottom ones ascending; 0 where a bag has too few tiles."""
-        scores = self.score_model(self.features(x))  # (B, T, C)
+    def tile(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.score_model(self.features(x)),)
+
+    def extremes(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, n_top + n_bottom, C): top scores descending, then bottom ones ascending; 0 where a bag has too
+        few tiles."""
         found = []
         for n, empty, largest in ((self.n_top, float("-inf"), True), (self.n_bottom, float("inf"), False)):
             if n:
@@ -198,12 +232,12 @@ class Chowder(Head):
                 found.append(torch.where(best == empty, torch.zeros_like(best), best))
         return torch.cat(found, dim=1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(self.extremes(x, mask).transpose(1, 2)).squeeze(-1)
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        return self.mlp(self.extremes(parts[0], mask).transpose(1, 2)).squeeze(-1)
 
     def tile_weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """How far a tile's score (of its farthest class) stands from the bag's mean score, as a share of the sum."""
-        scores = self.score_model(self.features(x))
+        (scores,) = self.tile(x)
         far = (scores - _mean(scores, mask).unsqueeze(1)).abs().amax(-1, keepdim=True)
         far = hide(far, mask, 0.0)
         return (far / far.sum(1, keepdim=True).clamp_min(1e-12)).squeeze(-1)
@@ -211,6 +245,8 @@ class Chowder(Head):
 
 class MeanPool(Head):
     """The mean tile, then an MLP (a linear layer unless `hidden`)."""
+
+    pooled = "mean"
 
     def __init__(
         self,
@@ -226,15 +262,17 @@ class MeanPool(Head):
         self.stackable = not dropout
         self.mlp = MLP(in_features, out_features, hidden, act=act, dropout=dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(_mean(self.features(x), mask))
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        return self.mlp(_mean(parts[0], mask))
 
 
 class MaxPool(MeanPool):
     """The largest value of every feature over a bag's tiles, then an MLP."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(hide(self.features(x), mask, float("-inf")).amax(1))
+    pooled = "max"
+
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        return self.mlp(hide(parts[0], mask, float("-inf")).amax(1))
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -277,19 +315,21 @@ class DSMIL(Head):
         self.tiles_values = TilesMLP(in_features, values, values_hidden, act=tiles_act)
         self.mlp = MLP(values if passing_values else in_features, 1, hidden, act=act, dropout=dropout)
 
-    def streams(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> best tile score (B, C), attention (B, T, C), pooled vectors (B, C, V)."""
+    def tile(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.features(x)
-        best, at = hide(self.tiles_scores(x), mask, float("-inf")).max(dim=1)  # (B, C) each
-        q = self.tiles_queries(x)  # (B, T, Q)
+        return self.tiles_scores(x), self.tiles_queries(x), self.tiles_values(x) if self.passing_values else x
+
+    def streams(self, parts: tuple[Tensor, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> best tile score (B, C), attention (B, T, C), pooled vectors (B, C, V)."""
+        scores, q, values = parts  # (B, T, C), (B, T, Q), (B, T, V)
+        best, at = hide(scores, mask, float("-inf")).max(dim=1)  # (B, C) each
         top = q.gather(1, at.unsqueeze(-1).expand(-1, -1, q.shape[-1]))  # (B, C, Q)
         attention = torch.softmax(hide(q @ top.transpose(1, 2), mask, float("-inf")), dim=1)  # (B, T, C)
-        values = self.tiles_values(x) if self.passing_values else x
         return best, attention, attention.transpose(1, 2) @ hide(values, mask, 0.0)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        best, _, pooled = self.streams(x, mask)
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        best, _, pooled = self.streams(parts, mask)
         return (best + self.mlp(pooled).squeeze(-1)) / 2
 
     def tile_weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.streams(x, mask)[1].mean(-1)
+        return self.streams(self.tile(x), mask)[1].mean(-1)

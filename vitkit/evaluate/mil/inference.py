@@ -13,23 +13,66 @@ from vitkit.evaluate.statistics import Difference, Interval, paired_bootstrap
 from .survival import concordance
 
 
-def slide_metric(y: np.ndarray, scores: np.ndarray) -> tuple[Callable, np.ndarray, np.ndarray]:
+def slide_metric(
+    y: np.ndarray, scores: np.ndarray, fold: np.ndarray | None = None
+) -> tuple[Callable, np.ndarray, np.ndarray]:
     """(metric, y, scores) as `statistics.bootstrap` takes them.
 
     y: integer labels (N,) give the AUC (macro one-vs-rest for scores (N, C), C > 1), signed times (N,) as floats Harrell's
-    C. scores (N,) or (N, 1) are the only column of two classes.
+    C. scores (N,) or (N, 1) are the only column of two classes. fold (N,): scores of different folds come of different
+    models and are never compared with each other; the metric is the mean over folds.
     """
     y, scores = np.asarray(y), np.asarray(scores, dtype=float)
-    if np.issubdtype(y.dtype, np.floating):
+    scores = scores.reshape(len(scores), -1)
+    survival = np.issubdtype(y.dtype, np.floating)
+    if fold is not None:
+        metric = concordance_by_fold if survival else auc_by_fold
+        return metric, np.stack([y.reshape(-1), np.asarray(fold, dtype=float)], axis=1), scores
+    if survival:
         return concordance, y.reshape(-1), scores.reshape(-1)
-    if scores.ndim == 1 or scores.shape[1] == 1:
-        return metrics.mean_auc, y.reshape(-1, 1).astype(float), scores.reshape(-1, 1)
+    if scores.shape[1] == 1:
+        return metrics.mean_auc, y.reshape(-1, 1).astype(float), scores
     return metrics.mean_auc, y.reshape(-1), scores
 
 
-def score(y: np.ndarray, scores: np.ndarray) -> float:
+def auc_by_fold(y: np.ndarray, scores: np.ndarray) -> float:
+    """Mean over folds of the AUC within each; y (N, 2) are classes and folds. Folds with one class do not count."""
+    return float(_auc_by_fold(y, scores, np.ones((len(y), 1), np.float32))[0])
+
+
+def concordance_by_fold(y: np.ndarray, scores: np.ndarray) -> float:
+    """Mean over folds of Harrell's C within each; y (N, 2) are signed times and folds."""
+    return float(_concordance_by_fold(y, scores, np.ones((len(y), 1), np.float32))[0])
+
+
+def _auc_by_fold(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _fold_mean(y, scores, weights, np.int64)
+
+
+def _concordance_by_fold(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _fold_mean(y, scores, weights, np.float64)
+
+
+def _fold_mean(y: np.ndarray, scores: np.ndarray, weights: np.ndarray, kind: type) -> np.ndarray:
+    """Weighted form: weights (N, B) -> (B,)."""
+    total, count = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    for fold in np.unique(y[:, 1]):
+        rows = y[:, 1] == fold
+        metric, truth, own = slide_metric(y[rows, 0].astype(kind), scores[rows])
+        values = metrics.WEIGHTED[metric](truth, own, weights[rows])
+        known = ~np.isnan(values)
+        total[known] += values[known]
+        count += known
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+
+
+metrics.WEIGHTED[auc_by_fold] = _auc_by_fold
+metrics.WEIGHTED[concordance_by_fold] = _concordance_by_fold
+
+
+def score(y: np.ndarray, scores: np.ndarray, fold: np.ndarray | None = None) -> float:
     """AUC or C-index of `scores` (see `slide_metric`); NaN where it is undefined (one class only, no event)."""
-    metric, y, scores = slide_metric(y, scores)
+    metric, y, scores = slide_metric(y, scores, fold)
     return float(metric(y, scores))
 
 
@@ -73,13 +116,14 @@ def compare_scores(
     b: np.ndarray,
     *,
     patients: np.ndarray | None = None,
+    fold: np.ndarray | None = None,
     n: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Difference:
     """Scores of two models on the same slides, paired; whole patients are redrawn when they are given."""
-    metric, truth, a_scores = slide_metric(y, a)
-    _, _, b_scores = slide_metric(y, b)
+    metric, truth, a_scores = slide_metric(y, a, fold)
+    _, _, b_scores = slide_metric(y, b, fold)
     return paired_bootstrap(metric, truth, a_scores, b_scores, groups=patients, n=n, seed=seed, level=level)
 
 

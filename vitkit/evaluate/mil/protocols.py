@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from vitkit.data.found import some
-from vitkit.errors import DataError
-from vitkit.evaluate.statistics import Difference, Interval, bootstrap
+from vitkit.errors import ConfigError, DataError
+from vitkit.evaluate.statistics import Difference, Interval, bootstrap, combine, holm
 
 from .bags import Bags
 from .ensemble import Ensemble, ensemble_of
 from .inference import compare_scores, fisher, score, slide_metric
-from .train import Job, Recipe, fit
+from .train import Job, Recipe, Trained, fit
 
 Folds = list[tuple[np.ndarray, np.ndarray]]
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def cross_validate(
     recipe = recipe or Recipe()
     jobs = _jobs(bags, recipe, k, seeds)
     trained = fit(bags, jobs, keep=pick, together=together, device=device, progress=progress)
-    curve = np.mean([t.curve for t in trained], axis=0)
+    curve = _mean([t.curve for t in trained])
     return CrossValidated(
         ensemble_of(bags, trained), curve, int(np.argmax(curve)) + 1, [float(t.curve[t.epochs - 1]) for t in trained]
     )
@@ -96,17 +96,25 @@ def _jobs(bags: Bags, recipe: Recipe, k: int, seeds: Sequence[int], rows: np.nda
 
 @dataclass
 class Nested:
-    """Scores (N, C) of every slide by models that never saw its patient; `chosen` (recipe, epochs) of each outer fold;
-    `each` the score of each outer fold, `mean` over them, `interval` by redrawing patients over all slides."""
+    """Scores (N, C) of every slide by models that never saw its patient; `fold` (N,) whose models; `chosen` (recipe, epochs)
+    of each outer fold; `each` the score of each outer fold; `interval` of their mean by redrawing patients; `trained` the
+    models, those of an outer fold one after the other."""
 
     scores: np.ndarray
+    fold: np.ndarray
     chosen: list[tuple[Recipe, int]]
     each: list[float]
     interval: Interval
+    trained: list[Trained]
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.each))
+
+    def members_of(self, fold: int) -> list[Trained]:
+        """The models of an outer fold."""
+        width = len(self.trained) // len(self.chosen)
+        return self.trained[fold * width : (fold + 1) * width]
 
 
 def nested(
@@ -114,7 +122,7 @@ def nested(
     recipes: Sequence[Recipe] | None = None,
     *,
     outer: int = 5,
-    inner: int = 5,
+    inner: int | None = 5,
     seeds: Sequence[int] = (0,),
     together: bool = True,
     device: str | torch.device = "cpu",
@@ -123,10 +131,52 @@ def nested(
     """Nested cross-validation: recipe and number of epochs by mean inner score, retraining on the whole outer training part.
 
     An inner curve that is best at index e means e + 1 epochs (the original trains e). With several seeds the retrained
-    models of an outer fold are averaged.
+    models of an outer fold are averaged. inner=None: plain cross-validation, nothing is chosen: the only recipe, all its
+    epochs.
     """
     recipes = list(recipes) if recipes else [Recipe()]
+    if inner is None and len(recipes) > 1:
+        raise ConfigError(f"{len(recipes)} recipes to choose from without inner folds", fix="inner=5, or one recipe")
     rounds = folds(bags, outer, seeds[0])
+    chosen = [(recipes[0], recipes[0].epochs)] * outer
+    finals = outer * len(seeds) * max(recipe.epochs for recipe in recipes)
+    work = 0 if inner is None else outer * inner * len(seeds) * sum(recipe.epochs for recipe in recipes)
+    if inner is not None:
+        tell = None if progress is None else lambda done, total: progress(done, work + finals)
+        chosen = _choose(bags, recipes, rounds, inner, seeds, together, device, tell)
+    jobs = [
+        Job(train, 1000 * seed + 500 + number, chosen[number][0], epochs=chosen[number][1])
+        for number, (train, _) in enumerate(rounds)
+        for seed in seeds
+    ]
+    tell = None if progress is None else lambda done, total: progress(work + done, work + total)
+    found = Nested(
+        np.empty((len(bags), bags.outputs), np.float32),
+        np.empty(len(bags), np.int64),
+        chosen,
+        [],
+        Interval(np.nan, np.nan, np.nan, 0),
+        fit(bags, jobs, together=together, device=device, progress=tell),
+    )
+    for number, (_, held) in enumerate(rounds):
+        part = ensemble_of(bags, found.members_of(number))
+        found.scores[held], found.fold[held] = part.scores(bags.subset(held), device=device), number
+        found.each.append(score(bags.labels[held], found.scores[held]))
+    found.interval = interval(bags, found.scores, fold=found.fold)
+    return found
+
+
+def _choose(
+    bags: Bags,
+    recipes: list[Recipe],
+    rounds: Folds,
+    inner: int,
+    seeds: Sequence[int],
+    together: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> list[tuple[Recipe, int]]:
+    """(recipe, epochs) of each outer fold, by inner cross-validation of its training part."""
     jobs, owners = [], []
     for number, (train, _) in enumerate(rounds):
         for r, recipe in enumerate(recipes):
@@ -134,27 +184,23 @@ def nested(
             jobs += made
             owners += [(number, r)] * len(made)
     curves: dict[tuple[int, int], list[np.ndarray]] = {}
-    for owner, trained in zip(
-        owners, fit(bags, jobs, together=together, device=device, progress=progress), strict=True
-    ):
-        curves.setdefault(owner, []).append(trained.curve)
+    trained = fit(bags, jobs, together=together, device=device, progress=progress)
+    for owner, one in zip(owners, trained, strict=True):
+        curves.setdefault(owner, []).append(one.curve)
     chosen = []
-    for number in range(outer):
-        means = [np.mean(curves[number, r], axis=0) for r in range(len(recipes))]
+    for number in range(len(rounds)):
+        means = [_mean(curves[number, r]) for r in range(len(recipes))]
         r = int(np.argmax([m.max() for m in means]))
         chosen.append((recipes[r], int(np.argmax(means[r])) + 1))
-    finals = [
-        Job(train, 1000 * seed + 500 + number, chosen[number][0], epochs=chosen[number][1])
-        for number, (train, _) in enumerate(rounds)
-        for seed in seeds
-    ]
-    retrained = fit(bags, finals, together=together, device=device)
-    scores, each = np.empty((len(bags), bags.outputs), np.float32), []
-    for number, (_, held) in enumerate(rounds):
-        part = ensemble_of(bags, retrained[number * len(seeds) : (number + 1) * len(seeds)])
-        scores[held] = part.scores(bags.subset(held), device=device)
-        each.append(score(bags.labels[held], scores[held]))
-    return Nested(scores, chosen, each, interval(bags, scores))
+    return chosen
+
+
+def _mean(curves: list[np.ndarray]) -> np.ndarray:
+    """Mean curve (epochs,) over folds; those in which the score is undefined (no event) do not count."""
+    known = [curve for curve in curves if np.isfinite(curve).all()]
+    if not known:
+        raise DataError("no validation fold has a score: no event in any", fix="fewer folds, or more events")
+    return np.mean(known, axis=0)
 
 
 def one_shot(bags: Bags, recipe: Recipe, epochs: int, *, seed: int = 0, device: str | torch.device = "cpu") -> Ensemble:
@@ -162,9 +208,17 @@ def one_shot(bags: Bags, recipe: Recipe, epochs: int, *, seed: int = 0, device: 
     return ensemble_of(bags, fit(bags, [Job(np.arange(len(bags)), seed, recipe, epochs=epochs)], device=device))
 
 
-def interval(bags: Bags, scores: np.ndarray, *, n: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """AUC or C-index of `scores` with its bootstrap interval; patients are what is redrawn."""
-    metric, y, columns = slide_metric(bags.labels, scores)
+def interval(
+    bags: Bags,
+    scores: np.ndarray,
+    *,
+    fold: np.ndarray | None = None,
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """AUC or C-index of `scores` with its bootstrap interval; patients are what is redrawn. fold: see `slide_metric`."""
+    metric, y, columns = slide_metric(bags.labels, scores, fold)
     found = bootstrap(metric, y, columns, groups=bags.patients, n=n, seed=seed, level=level)
     assert isinstance(found, Interval)
     return found
@@ -226,12 +280,50 @@ def require_apart(development: Bags, test: Bags) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """Scored slides: `fold` (N,) where the scores are of a cross-validation; `scores` (N, C) of every arm."""
+
+    bags: Bags
+    scores: Mapping[str, np.ndarray]
+    fold: np.ndarray | None = None
+
+
 @dataclass
 class Compared:
-    """Encoder a against b: the paired difference in each cohort, and one p over all cohorts (Fisher)."""
+    """Arm a against b: the paired difference in each cohort, one p over all cohorts, and that p corrected for the number of
+    pairs (Holm)."""
 
     cohorts: dict[str, Difference]
     p: float
+    a: str = "a"
+    b: str = "b"
+    corrected: float = float("nan")
+
+
+def compare_arms(
+    cohorts: Mapping[str, Cohort], pairs: Sequence[tuple[str, str]], *, n: int = 2000, seed: int = 0
+) -> list[Compared]:
+    """Every pair of arms (heads, encoders) on the same slides of each cohort.
+
+    The p-values of several cohorts are combined with their directions (Stouffer), so that cohorts that disagree speak
+    against each other; Fisher's method, as in `compare_encoders`, would count both as evidence.
+    """
+    out = []
+    for a, b in pairs:
+        found = {
+            name: compare_scores(
+                one.bags.labels, one.scores[a], one.scores[b], patients=one.bags.patients, fold=one.fold, n=n, seed=seed
+            )
+            for name, one in cohorts.items()
+        }
+        known = [d for d in found.values() if not np.isnan(d.p)]
+        signs = [1.0 if d.value >= 0 else -1.0 for d in known]
+        p = known[0].p if len(known) == 1 else combine([d.p for d in known], signs=signs) if known else np.nan
+        out.append(Compared(found, float(p), a, b))
+    for one, p in zip(out, holm([one.p for one in out]), strict=True):
+        one.corrected = float(p)
+    return out
 
 
 def compare_encoders(

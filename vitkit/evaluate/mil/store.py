@@ -1,14 +1,16 @@
 """From slides to feature files: tiles of many slides stream through the encoder, one safetensors file a slide.
 
-A file holds `features` (n, D) float16 and `coords` (n, 2) int32 (x, y in level-0 pixels) and, in its metadata, a key made of
-everything the features depend on: weights, structure and preprocessing of the model, the tiling, package versions and the
-slide's size and time. A run that was stopped goes on: finished slides whose key fits are skipped, others are made anew. Files
-are replaced in one step. Batches run across slides, so that small slides waste nothing; tiles are read ahead by threads.
+A file holds `features` (n, D) float16, `coords` (n, 2) int32 (x, y in level-0 pixels), a small `thumbnail` (JPEG), so that
+heatmaps need the slide no more, and, in its metadata, a key made of everything the features depend on: weights, structure
+and preprocessing of the model, the tiling, package versions and the slide's size and time. A run that was stopped goes on:
+finished slides whose key fits are skipped, others are made anew. Files are replaced in one step. Batches run across slides,
+so that small slides waste nothing; tiles are read ahead by threads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,8 +31,8 @@ from vitkit.errors import ConfigError, DataError, WeightsError
 if TYPE_CHECKING:
     from vitkit.passport import Preprocess
 
-Progress = Callable[[int, int], None]
-_FORMAT = "vitkit.slide/1"
+_FORMAT = "vitkit.slide/2"
+THUMBNAIL = 640  # pixels of its long side
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,16 +45,40 @@ class Embedded:
     bad: dict[str, str] = field(default_factory=dict)
     tiles: int = 0
 
+    total: int = 0
+    slide: str = ""  # the one that tiles are read of
+    share: float = 0.0  # of all slides that is through, parts of slides counted
+
+
+Progress = Callable[[Embedded], None]
+
 
 @dataclass(frozen=True)
 class SlideFeatures:
-    """One slide's file: `features` (n, D) float16, `coords` (n, 2), `side` of a tile in level-0 pixels, tiles' `mpp`."""
+    """One slide's file: `features` (n, D) float16, `coords` (n, 2) and `side` of tiles and `size` (width, height) of the slide
+    in level-0 pixels (None unknown), tiles' `mpp`, how many tiles there were to choose from, `thumbnail` uint8 (h, w, 3)."""
 
+    name: str
     features: Tensor
     coords: np.ndarray
     side: float
     mpp: float | None
     key: str
+    size: tuple[int, int] | None
+    grid: int
+    jpeg: bytes
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known where the tiles lie."""
+        return self.size is not None and self.side > 0 and bool((self.coords >= 0).all())
+
+    @property
+    def thumbnail(self) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(self.jpeg)) as picture:
+            return np.asarray(picture.convert("RGB"))
 
 
 def embed_slides(
@@ -73,7 +99,7 @@ def embed_slides(
     tiling: by default the model's image size at 0.5 micrometres a pixel with 60 % tissue; tiles of tile folders are taken as
     they are and prepared like any image. workers: threads that read tiles ahead. precision: float32, bf16 or fp16 (autocast).
     on_bad: "raise" stops at a slide that cannot be read, has no resolution or no tissue; "skip" lists it and goes on.
-    progress: called with (slides finished, slides in all).
+    progress: called after every batch with what was done so far.
     """
     from vitkit.evaluate.features import _evaluating
 
@@ -90,7 +116,7 @@ def embed_slides(
         finished = _finished(out / f"{stem(path.name)}.safetensors", key, path)
         report.skipped += [stem(path.name)] if finished else []
         waiting += [] if finished else [path]
-    total = len(paths)
+    report.total = len(paths)
     rows: dict[str, _Rows] = {}
     with (
         _evaluating(vit, device) as at,
@@ -99,19 +125,29 @@ def embed_slides(
     ):
         for batch in _batches(stream, batch_size):
             x = preprocess.normalise(torch.stack([pixels for _, _, pixels in batch]).to(at, non_blocking=True))
-            for (slide, number, _), feature in zip(batch, _features(vit, x, precision), strict=True):
-                if slide.name in report.bad:
-                    rows.pop(slide.name, None)
-                    continue
-                held = rows.setdefault(slide.name, _Rows(len(slide.tiles), len(feature)))
-                if held.put(number, feature):
-                    del rows[slide.name]
-                    _write(out / f"{slide.name}.safetensors", slide, held.x, key)
-                    report.done.append(slide.name)
-                    report.tiles += len(held.x)
-                    if progress is not None:
-                        progress(len(report.done) + len(report.skipped) + len(report.bad), total)
+            _take(batch, _features(vit, x, precision), rows, out, key, report)
+            if progress is not None:
+                progress(report)
     return report
+
+
+def _take(
+    batch: list[tuple], features: np.ndarray, rows: dict[str, _Rows], out: Path, key: str, report: Embedded
+) -> None:
+    """Keep a batch's features with their slides, write the slides that are complete, and count."""
+    for (slide, number, _), feature in zip(batch, features, strict=True):
+        if slide.name in report.bad:
+            rows.pop(slide.name, None)
+            continue
+        held = rows.setdefault(slide.name, _Rows(len(slide.tiles), len(feature)))
+        if held.put(number, feature):
+            del rows[slide.name]
+            _write(out / f"{slide.name}.safetensors", slide, held.x, key)
+            report.done.append(slide.name)
+    report.tiles += len(batch)
+    report.slide = batch[-1][0].name
+    inside = sum(1 - held.missing / len(held.x) for held in rows.values())
+    report.share = (len(report.done) + len(report.skipped) + len(report.bad) + inside) / report.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +157,8 @@ class _Open:
     name: str
     path: Path
     tiles: Tiles | TileFolder
+    thumbnail: np.ndarray
+    size: tuple[int, int] | None
 
 
 class _Rows:
@@ -163,10 +201,12 @@ def _stream(
                 if number + 1 == len(slide.tiles) and isinstance(slide.tiles, Tiles):
                     slide.tiles.slide.close()
 
+        coming = deque([pool.submit(_opened, path, tiling) for path in paths[:1]])
         try:
-            for path in paths:
-                try:
-                    slide = _Open(stem(path.name), path, _tiles_of(path, tiling))
+            for index, path in enumerate(paths):
+                coming += [pool.submit(_opened, later, tiling) for later in paths[index + 1 : index + 2]]
+                try:  # tissue of the next slide is sought while this one's tiles are embedded
+                    slide = coming.popleft().result()
                 except DataError as error:
                     if on_bad == "raise":
                         raise
@@ -179,7 +219,7 @@ def _stream(
             while queue:
                 yield from oldest()
         finally:
-            for _, _, future in queue:
+            for future in (*coming, *(one for _, _, one in queue)):
                 future.cancel()
 
 
@@ -194,12 +234,18 @@ def _batches(stream: Iterator[tuple], size: int) -> Iterator[list[tuple]]:
         yield batch
 
 
-def _tiles_of(path: Path, tiling: Tiling) -> Tiles | TileFolder:
+def _opened(path: Path, tiling: Tiling) -> _Open:
+    from .pictures import stitched
+
+    name = stem(path.name)
     if path.is_dir() and not any(path.glob("*.dcm")):
-        return tile_folder(path)
+        folder = tile_folder(path)
+        return _Open(name, path, folder, *stitched(folder, THUMBNAIL))
     slide = open_slide(path)
     try:
-        return tile(slide, tiling)
+        tiles = tile(slide, tiling)
+        thumbnail = tiles.thumbnail(THUMBNAIL)
+        return _Open(name, path, replace(tiles, overview=None), thumbnail, slide.size)
     except BaseException:
         slide.close()
         raise
@@ -283,25 +329,64 @@ def _write(path: Path, slide: _Open, x: np.ndarray, key: str) -> None:
 
     from vitkit.run.files import atomic_write
 
+    from .pictures import jpeg
+
     tiles = slide.tiles
-    facts = {"key": key, "stamp": _stamp(slide.path), "side": tiles.side, "mpp": tiles.mpp, "slide": slide.path.name}
+    facts: dict[str, Any] = {"key": key, "stamp": _stamp(slide.path), "side": tiles.side, "mpp": tiles.mpp}
+    facts |= {"slide": slide.path.name, "size": slide.size, "grid": len(tiles)}
     tensors = {"features": x, "coords": tiles.coords.astype(np.int32)}
     if isinstance(tiles, Tiles):
-        facts["size"] = tiles.slide.size
+        facts["grid"] = tiles.grid
         tensors["tissue"] = tiles.tissue.astype(np.float32)
+    tensors["thumbnail"] = np.frombuffer(jpeg(slide.thumbnail), np.uint8)
+    facts["side"] = None if np.isnan(tiles.side) else tiles.side
     atomic_write(path, save(tensors, {_FORMAT: json.dumps(facts)}))
 
 
-def read_features(path: str | Path) -> SlideFeatures:
-    """One file that `embed_slides` wrote."""
-    from safetensors.torch import load_file
+def shape_of(path: str | Path) -> tuple[int, int]:
+    """(tiles, dimensions) of a feature file, from its header."""
+    from safetensors import SafetensorError, safe_open
 
-    facts = _facts(Path(path))
-    if not facts:
-        raise DataError(f"{path}: not a file of slide features", fix="embed the slide with vitkit; remove other files")
-    tensors = load_file(path)
-    if not len(tensors["features"]):
+    try:
+        with safe_open(path, "pt") as file:
+            rows, dim = file.get_slice("features").get_shape()
+    except (OSError, SafetensorError, ValueError):
+        raise _damaged(Path(path)) from None
+    return int(rows), int(dim)
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(
+        f"{path}: not a file of slide features, or one that is cut short",
+        fix="run `vitkit slides embed` again: damaged files are made anew; remove files that are something else",
+    )
+
+
+def read_features(path: str | Path, *, only_places: bool = False) -> SlideFeatures:
+    """One file that `embed_slides` wrote. DataError where it is cut short, or something else. only_places: without its
+    features (n, 0)."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    facts = _facts(path)
+    try:
+        with safe_open(path, "pt") as file:
+            names = ("coords", "thumbnail") if only_places else ("features", "coords", "thumbnail")
+            tensors = {name: file.get_tensor(name) for name in names} if facts else {}
+    except (OSError, SafetensorError):
+        tensors = {}
+    if not tensors:
+        raise _damaged(path)
+    if not len(tensors["coords"]):
         raise DataError(f"{path}: a slide without a tile", fix="remove it, or embed the slide again")
     return SlideFeatures(
-        tensors["features"], tensors["coords"].numpy(), float(facts["side"]), facts["mpp"], str(facts["key"])
+        path.stem,
+        torch.empty(len(tensors["coords"]), 0) if only_places else tensors["features"],
+        tensors["coords"].numpy(),
+        float("nan") if facts["side"] is None else float(facts["side"]),
+        facts["mpp"],
+        str(facts["key"]),
+        None if facts["size"] is None else (int(facts["size"][0]), int(facts["size"][1])),
+        int(facts["grid"]),
+        tensors["thumbnail"].numpy().tobytes(),
     )

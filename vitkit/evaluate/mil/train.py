@@ -34,7 +34,7 @@ HEADS: dict[str, type[Head]] = {
     "mean": MeanPool,
     "transmil": TransMIL,
 }
-_BYTES = 256 << 20  # of tile features in one stacked batch
+_BYTES = (4 << 20, 512 << 20)  # of tile features in one stacked batch: on a CPU, on anything else
 State = dict[str, Tensor]
 
 
@@ -118,26 +118,37 @@ def fit(
     """Train every job; results in the jobs' order.
 
     keep: "last" epoch, or the "best" on each job's `val` rows (the first of equals). together: False trains one by one.
-    progress: called with (models done, models in all).
+    progress: called with (epochs of models done, in all).
     """
     if keep not in ("last", "best"):
         raise ConfigError(f"keep is {keep!r}", fix="'last' or 'best'")
     if keep == "best" and any(len(job.val) == 0 for job in jobs):
         raise ConfigError("the best epoch needs slides to watch", fix="give every job val rows, or keep='last'")
     out: list[Trained | None] = [None] * len(jobs)
-    done = 0
-    for group in _groups(bags, jobs, together):
-        models = _Models([jobs[i] for i in group], bags, torch.device(device))
-        for i, trained in zip(group, models.train(keep), strict=True):
+    done, total = 0, sum(job.length for job in jobs)
+    device, pooled = torch.device(device), {}
+    for group in _groups(bags, jobs, together, device):
+        seen, how = bags, _pooling(bags, jobs[group[0]].recipe)
+        if how is not None:
+            seen = pooled[how] = pooled.get(how) or bags.pooled(how)
+        models = _Models([jobs[i] for i in group], seen, device)
+        for _ in models.train(keep):
+            done += len(group)
+            if progress is not None:
+                progress(done, total)
+        for i, trained in zip(group, models.found, strict=True):
             out[i] = trained
-        done += len(group)
-        if progress is not None:
-            progress(done, len(jobs))
     return out  # type: ignore[return-value]
 
 
-def _groups(bags: Bags, jobs: Sequence[Job], together: bool) -> Iterator[list[int]]:
-    """Jobs that can be stacked, in parts whose batches fit into memory."""
+def _pooling(bags: Bags, recipe: Recipe) -> str | None:
+    """ "mean" or "max" where the head sees nothing of a slide but that, at every visit the same: it is computed once."""
+    drawn = recipe.n_tiles is not None and recipe.n_tiles < int(bags.lengths.max())
+    return None if drawn or recipe.options.get("metadata_cols") else HEADS[recipe.head].pooled
+
+
+def _groups(bags: Bags, jobs: Sequence[Job], together: bool, device: torch.device) -> Iterator[list[int]]:
+    """Jobs that can be stacked, in parts whose batches fit into memory (a GPU's) or cache (a CPU's)."""
     alike: dict[tuple, list[int]] = {}
     for i, job in enumerate(jobs):
         if not len(job.train):
@@ -147,10 +158,21 @@ def _groups(bags: Bags, jobs: Sequence[Job], together: bool) -> Iterator[list[in
         alike.setdefault(kind, []).append(i)
     for group in alike.values():
         job = jobs[group[0]]
-        longest = int(bags.lengths.max())
+        longest = 1 if _pooling(bags, job.recipe) else int(bags.lengths.max())
         tiles = job.batch * (min(job.recipe.n_tiles, longest) if job.recipe.n_tiles else longest)
-        part = max(1, _BYTES // (4 * tiles * bags.dim))
+        part = max(1, _BYTES[device.type != "cpu"] // (4 * tiles * bags.dim))
         yield from (group[at : at + part] for at in range(0, len(group), part))
+
+
+class Flat(nn.Module):
+    """A head whose forward is `flat`, as `functional_call` needs it."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        return self.head.flat(x, places)
 
 
 class _Models:
@@ -161,28 +183,33 @@ class _Models:
         built = [job.recipe.build(bags, job.seed).to(device) for job in jobs]
         self.base = built[0]
         self.single = len(jobs) == 1
+        self.found: list[Trained] = []
         if self.single:
             self.parameters = dict(self.base.named_parameters())
         else:
-            self.parameters, _ = stack_module_state(built)
+            self.parameters, _ = stack_module_state([Flat(head) for head in built])
+            self.flat = Flat(self.base)
         recipe = jobs[0].recipe
         self.optimizer = torch.optim.Adam(
             self.parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True
         )
 
-    def logits(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(K, B, T, D) -> (K, B, C)."""
+    def logits(self, places: Tensor) -> Tensor:
+        """Logits (K, B, C) of the tiles at `places` (K, B, T) of the features."""
+        x, at = self.bags.flat(places, self.device)
         if self.single:
-            return self.base(x[0], mask[0]).unsqueeze(0)
-        return vmap(lambda p, bag, pad: functional_call(self.base, p, (bag, pad)))(self.parameters, x, mask)
+            return self.base.flat(x[0], at[0]).unsqueeze(0)
+        return vmap(lambda p, tiles, where: functional_call(self.flat, p, (tiles, where)))(self.parameters, x, at)
 
-    def train(self, keep: str) -> list[Trained]:
+    def train(self, keep: str) -> Iterator[None]:
+        """Train all epochs, one between two yields; then `found` holds the results."""
         epochs, watched = self.jobs[0].length, len(self.jobs[0].val) > 0
         # A fixed number of epochs needs no random state outside the jobs' own; dropout's is seeded by the first job.
         curves = np.full((len(self.jobs), epochs), np.nan)
         best: list[State | None] = [None] * len(self.jobs)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.jobs[0].seed)
+        state = torch.random.get_rng_state()
+        torch.manual_seed(self.jobs[0].seed)
+        try:
             for epoch in range(epochs):
                 self.epoch(epoch)
                 if watched:
@@ -191,11 +218,12 @@ class _Models:
                     earlier = curves[k, :epoch]
                     if best[k] is None or curves[k, epoch] > np.nanmax(earlier, initial=-np.inf):
                         best[k] = self.state(k)
-        out = []
+                yield
+        finally:
+            torch.random.set_rng_state(state)
         for k, job in enumerate(self.jobs):
             picked = int(np.nanargmax(curves[k])) + 1 if keep == "best" and np.isfinite(curves[k]).any() else epochs
-            out.append(Trained(job.recipe, best[k] or self.state(k), picked, curves[k]))
-        return out
+            self.found.append(Trained(job.recipe, best[k] or self.state(k), picked, curves[k]))
 
     def epoch(self, epoch: int) -> None:
         """One pass of every model over its own slides."""
@@ -206,9 +234,8 @@ class _Models:
         for step in range(self.jobs[0].steps):
             rows = np.stack([order[step] for order, _ in orders])  # (K, B)
             parts = [self.bags.places(r, n_tiles=n_tiles, rng=rng) for r, (_, rng) in zip(rows, orders, strict=True)]
-            x, mask = self.bags.batch(_stack(parts), self.device)
             self.optimizer.zero_grad(set_to_none=True)
-            losses = slide_loss(self.logits(x, mask), torch.from_numpy(self.bags.labels[rows]).to(self.device))
+            losses = slide_loss(self.logits(_stack(parts)), torch.from_numpy(self.bags.labels[rows]).to(self.device))
             losses.sum().backward()  # each model's loss reaches its own parameters only
             self.optimizer.step()
             total = total + losses.detach().sum()
@@ -225,11 +252,11 @@ class _Models:
         most = max(len(job.val) for job in self.jobs)
         rows = np.stack([np.resize(job.val, most) for job in self.jobs])  # shorter folds see some slides again
         longest = int(self.bags.lengths[rows].max())
-        width = max(1, _BYTES // (4 * len(rows) * longest * self.bags.dim))
+        width = max(1, (64 << 20) // (4 * len(rows) * longest * self.bags.dim))
         found = []
         for at in range(0, most, width):
             parts = [self.bags.places(r[at : at + width]) for r in rows]
-            found.append(self.logits(*self.bags.batch(_stack(parts), self.device)).cpu())
+            found.append(self.logits(_stack(parts)).cpu())
         logits = torch.cat(found, dim=1).numpy()
         return [score(self.bags.labels[job.val], logits[k, : len(job.val)]) for k, job in enumerate(self.jobs)]
 
@@ -237,7 +264,7 @@ class _Models:
         """Parameters of model k, copied."""
         if self.single:
             return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-        return {name: p[k].detach().cpu().clone() for name, p in self.parameters.items()}
+        return {name.removeprefix("head."): p[k].detach().cpu().clone() for name, p in self.parameters.items()}
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -143,15 +143,21 @@ class TransMIL(Head):
         self.cor, self.agg = block(), block()
         self.pos_enc, self.norm, self.head = PPEG(dim), nn.LayerNorm(dim), nn.Linear(dim, out_features)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        (x,) = parts
         if mask is None or not self.per_bag:
             return self.whole(x)
         real = ~mask.reshape(mask.shape[:2])
         return torch.cat([self.whole(bag[keep].unsqueeze(0)) for bag, keep in zip(x, real, strict=True)])
 
+    def flat(self, x: Tensor, places: Tensor) -> Tensor:
+        pad = places < 0  # zeros, as the original's padding: it counts where the mask is ignored
+        x = x.index_select(0, places.clamp_min(0).flatten()).unflatten(0, places.shape)
+        return self(x.masked_fill(pad.unsqueeze(-1), 0.0), pad)
+
     def whole(self, x: Tensor) -> Tensor:
-        """Logits of bags (B, T, columns + D) without padding."""
-        x = self.proj(self.features(x))
+        """Logits of bags (B, T, D) without padding."""
+        x = self.proj(x)
         side = math.ceil(math.sqrt(x.shape[1]))
         x = torch.cat([x, x[:, : side * side - x.shape[1]]], dim=1)  # the first tiles again, up to a square
         x = self.cor(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
@@ -183,15 +189,18 @@ class HIPT(Head):
         self.rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
         self.classifier = nn.Linear(dim, out_features)
 
-    def pool(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def tile(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.phi(self.features(x)),)
+
+    def pool(self, parts: tuple[Tensor, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> slide vectors (B, dim), attention (B, T, 1)."""
         flat = None if mask is None else mask.reshape(mask.shape[:2])
-        h = self.transformer(self.phi(self.features(x)), src_key_padding_mask=flat)
+        h = self.transformer(parts[0], src_key_padding_mask=flat)
         a = self.attention(h, mask)
         return (a.transpose(1, 2) @ h).squeeze(1), a
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.classifier(self.rho(self.pool(x, mask)[0]))
+    def bag(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        return self.classifier(self.rho(self.pool(parts, mask)[0]))
 
     def tile_weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.pool(x, mask)[1].squeeze(-1)
+        return self.pool(self.tile(x), mask)[1].squeeze(-1)
