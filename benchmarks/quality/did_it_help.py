@@ -28,7 +28,7 @@ from vitkit import weights
 from vitkit.data import read
 from vitkit.evaluate import linear
 from vitkit.evaluate.features import features
-from vitkit.run import helped
+from vitkit.run import helped_gain
 from vitkit.run.parallel import side_by_side
 
 HURT, HARDLY = 0.5, 0.02
@@ -145,7 +145,7 @@ def exchange(a: Any, b: Any, where: Path, cache: Path, quick: bool) -> float:
         swap = rng.random(len(truth)) < 0.5
         first = np.where(swap, hits[1][drawn], hits[0][drawn])
         second = np.where(swap, hits[0][drawn], hits[1][drawn])
-        called += helped.gain_of_means("linear", "hits", first, second, None).proven
+        called += helped_gain.gain_of_means("linear", "hits", first, second, None).proven
     return called / replicates
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vitkit.errors import DataError
-from vitkit.evaluate import metrics, statistics
+from vitkit.evaluate import metrics, resampling
 from vitkit.evaluate.statistics import bootstrap, mean_interval, paired_bootstrap
 
 EXPERIMENTS = 300
@@ -77,6 +77,65 @@ def test_strata_keep_class_counts_and_narrow_the_interval():
     assert math.isnan(share.low) and "same in every draw" in share.note
 
 
+def test_stratified_interval_covers():
+    """Classes drawn apart, one easy and one hard: the truth is about as many of each as there are."""
+    rng = np.random.default_rng(13)
+    y = np.repeat([0, 1], [90, 40])
+    truth = (90 * 0.9 + 40 * 0.6) / 130
+    found = []
+    for seed in range(EXPERIMENTS):
+        guess = np.where(rng.random(130) < np.where(y == 0, 0.9, 0.6), y, 1 - y)
+        found.append(bootstrap(metrics.accuracy, y, guess, strata=y, n=600, seed=seed))
+    assert 0.90 <= covered(found, truth) <= 0.98
+
+
+def test_stratified_auc_interval_covers():
+    rng = np.random.default_rng(14)
+    truth = 0.5 * (1 + math.erf(1 / 2))
+    y = np.repeat([0.0, 1.0], [70, 30])[:, None]
+    found = []
+    for seed in range(EXPERIMENTS):
+        scores = rng.normal(size=(100, 1)) + y
+        found.append(bootstrap(metrics.mean_auc, y, scores, strata=y[:, 0], n=600, seed=seed))
+    assert 0.90 <= covered(found, truth) <= 0.98
+
+
+def sick_and_well(rng, patients=40, images=5):
+    """Patients are sick or not, which is the stratum; images of one are right or wrong together: 0.8 and 0.6 on average."""
+    sick = np.arange(patients) % 2
+    ease = np.where(sick == 1, rng.beta(1.2, 0.8, patients), rng.beta(1.6, 0.4, patients))
+    group = np.repeat(np.arange(patients), images)
+    y = sick[group]
+    return y, np.where(rng.random(len(y)) < ease[group], y, 1 - y), group
+
+
+def test_stratified_and_clustered_interval_covers():
+    rng = np.random.default_rng(15)
+    found = []
+    for seed in range(EXPERIMENTS):
+        y, guess, group = sick_and_well(rng)
+        found.append(bootstrap(metrics.accuracy, y, guess, groups=group, strata=y, n=600, seed=seed))
+    assert 0.90 <= covered(found, 0.7) <= 0.98
+    assert found[0].n == 40
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_clustered_difference_covers_where_the_plain_one_does_not(stratified):
+    """Two models that are as good as each other on average, but each has patients of its own that it finds hard."""
+    rng = np.random.default_rng(16)
+    by_patient, by_image = [], []
+    for seed in range(EXPERIMENTS):
+        y, a, group = sick_and_well(rng)
+        _, b, _ = sick_and_well(rng)
+        strata = y if stratified else None
+        given = {"n": 600, "seed": seed, "strata": strata}
+        by_patient.append(paired_bootstrap(metrics.accuracy, y, a, b, groups=group, **given))
+        by_image.append(paired_bootstrap(metrics.accuracy, y, a, b, **given))
+    assert 0.90 <= covered(by_patient, 0.0) <= 0.98
+    assert covered(by_image, 0.0) < 0.85
+    assert 0.02 <= np.mean([one.p < 0.05 for one in by_patient]) <= 0.10
+
+
 def test_fast_paths_equal_the_loop():
     rng = np.random.default_rng(5)
     y = rng.integers(0, 4, 80)
@@ -115,7 +174,7 @@ def test_draws_depend_on_the_seed_only(monkeypatch):
     first = bootstrap(metrics.accuracy, y, guess, seed=3)
     assert first == bootstrap(metrics.accuracy, y, guess, seed=3)
     assert first != bootstrap(metrics.accuracy, y, guess, seed=4)
-    monkeypatch.setattr(statistics, "_BLOCK", 70 * 64)
+    monkeypatch.setattr(resampling, "_BLOCK", 70 * 64)
     assert first == bootstrap(metrics.accuracy, y, guess, seed=3)
 
 

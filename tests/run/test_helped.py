@@ -16,7 +16,7 @@ from vitkit.data import read
 from vitkit.data.images import Images
 from vitkit.errors import ConfigError, DataError
 from vitkit.evaluate.statistics import Difference
-from vitkit.run import cli, helped, helped_page
+from vitkit.run import cli, helped_gain, helped_measure, helped_models, helped_words
 
 QUIET = {"workers": 0, "quiet": True, "general": "none"}
 
@@ -109,11 +109,14 @@ def test_two_untrained_models_cannot_be_told_apart_or_nearly(as_npz, tmp_path):
 def test_forgetting_is_measured_on_the_general_set(as_npz, tmp_path):
     plain = as_npz / "plain.npz"
     given = {**QUIET, "general": str(as_npz / "digits.npz"), "view_images": 60}
-    found = vitkit.compare(tiny(), blind(), data=plain, out=tmp_path / "a", **given)
+    good, bad = tiny(), blind()
+    for vit in (good, bad):
+        vit.passport.base["kind"] = "file"  # as if they had learnt something
+    found = vitkit.compare(good, bad, data=plain, out=tmp_path / "a", **given)
     assert found["forgot"] is True and "B forgot some of what A knew: \N{MINUS SIGN}" in found["verdict"]
     assert found["general"]["rows"][0]["measure"] == "linear" and found["general"]["scored"] == 150
     assert "Forgetting" in (tmp_path / "a" / "compare.html").read_text()
-    back = vitkit.compare(blind(), tiny(), data=plain, out=tmp_path / "b", **given)
+    back = vitkit.compare(bad, good, data=plain, out=tmp_path / "b", **given)
     assert back["forgot"] is False and "B did not forget, it even improved: +" in back["verdict"]
 
 
@@ -185,15 +188,17 @@ def test_patients_are_drawn_whole_and_binary_labels_get_delong(tmp_path):
 
 def gain(value, low, high, p=0.5, exact=0.5, note="", measure="linear"):
     a, b = (0.5, 0.5 + value)
-    return helped.Gain(measure, "accuracy", Difference(value, low, high, 100, 0.95, note, p, b, a), "McNemar", exact)
+    return helped_gain.Gain(
+        measure, "accuracy", Difference(value, low, high, 100, 0.95, note, p, b, a), "McNemar", exact
+    )
 
 
 def kept(one, **more):
     images = read("digits").subset(np.arange(100))
-    return helped.Found(images, images, "test", 50, gains=[one], **more)
+    return helped_measure.Found(images, images, "test", 50, gains=[one], **more)
 
 
-SIDES = (helped.Side("A", "old", None, "old"), helped.Side("B", "new", None, "new"))
+SIDES = (helped_models.Side("A", "old", None, "old"), helped_models.Side("B", "new", None, "new"))
 
 
 def test_a_gain_needs_both_the_interval_and_the_exact_test():
@@ -218,8 +223,8 @@ def test_a_gain_needs_both_the_interval_and_the_exact_test():
 )  # fmt: skip
 def test_sentences(one, outcome, words):
     found = kept(one)
-    assert helped_page.outcome(found) == outcome
-    assert " ".join(helped_page.verdict(SIDES, found)).startswith(words)
+    assert helped_words.outcome(found) == outcome
+    assert " ".join(helped_words.verdict(SIDES, found)).startswith(words)
 
 
 def test_knn_agrees_differs_or_contradicts():
@@ -231,7 +236,7 @@ def test_knn_agrees_differs_or_contradicts():
     ):
         found = kept(better)
         found.gains.append(second)
-        assert helped_page.verdict(SIDES, found)[1].startswith(words)
+        assert helped_words.verdict(SIDES, found)[1].startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +253,10 @@ def test_knn_agrees_differs_or_contradicts():
     ],
 )  # fmt: skip
 def test_forgetting_in_words(one, forgot, words):
-    found = kept(gain(0.0, -0.1, 0.1))
-    said = helped_page.forgetting(SIDES, found, kept(one), 2.0)
+    said = helped_words.forgetting(SIDES, kept(one), 2.0)
     assert said[0] is forgot and said[1].startswith(words)
-    assert helped_page.forgetting(SIDES, found, None, 2.0) == (None, "")
-    assert helped_page.forgetting(SIDES, found, kept(one, same=True), 2.0)[0] is False
+    assert helped_words.forgetting(SIDES, None, 2.0) == (None, "")
+    assert helped_words.forgetting(SIDES, kept(one, same=True), 2.0)[0] is False
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -271,8 +275,8 @@ def test_too_few_images_are_refused(some, tmp_path):
 def test_settings_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"general is for comparing models on images\n  fix: add data"):
         vitkit.compare("a", "b", general="digits")
-    with pytest.raises(ConfigError, match="3 models with data"):
-        vitkit.compare("a", "b", "c", data="digits")
+    with pytest.raises(ConfigError, match="general is for two models on one data set\n  fix: leave --general out"):
+        vitkit.compare("a", "b", "c", data="digits", general="none")
     with pytest.raises(ConfigError, match="view_image"):
         vitkit.compare("a", "b", data="digits", view_image=3)
     with pytest.raises(ConfigError, match="view_images is 3"):
@@ -298,4 +302,4 @@ def test_the_command_line(as_npz, tmp_path, capsys):
     assert "ithout labels" in out[0] and out[1] == str(tmp_path / "c" / "compare.html")
     assert "B (two)" in out[0] and "A (one)" in out[0]  # both files are called model.safetensors: their folders tell
     assert cli.main(["compare", models[0], "--data", "digits"]) == 2
-    assert "takes 2 models before --data, got 1" in capsys.readouterr().err
+    assert "takes 2 models or more before --data, got 1" in capsys.readouterr().err

@@ -291,7 +291,7 @@ def _sentence(pair: Pair) -> str:
     )
     points, doubt = f"{100 * pair.value:.1f} points of {what}{by}", ""
     if not math.isnan(pair.low):
-        doubt = f"95 % {100 * pair.low:.1f} to {100 * pair.high:.1f}, {_p(pair.p)}"
+        doubt = f"95 % {100 * pair.low:.1f} to {100 * pair.high:.1f}, {p_words(pair.p)}"
     if pair.value == 0:
         text = f"{pair.a} and {pair.b} have the same {what}{by} on {images}" + (f" ({doubt})." if doubt else ".")
     elif pair.proven:
@@ -306,7 +306,7 @@ def _sentence(pair: Pair) -> str:
     return text if not pair.note or not doubt else f"{text} Note: {pair.note}."
 
 
-def _p(p: float) -> str:
+def p_words(p: float) -> str:
     return "p unknown" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
@@ -318,7 +318,7 @@ def _table(pairs: list[Pair]) -> dict[str, Any]:
     for pair in pairs:
         cell = SimpleNamespace(value=pair.value, low=pair.low, high=pair.high)
         names = [pair.a, pair.b, *([pair.protocol] if protocols else [])]
-        p = None if math.isnan(pair.p) else _p(pair.p).removeprefix("p ").removeprefix("= ")
+        p = None if math.isnan(pair.p) else p_words(pair.p).removeprefix("p ").removeprefix("= ")
         rows.append([*names, pair.metric.replace("_auc", " AUC"), cell if pair.metric else None, p, pair.n, pair.note])
     return {
         "title": "Paired differences",

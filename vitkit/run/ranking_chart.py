@@ -41,7 +41,7 @@ def _draw(ranking: Ranking, size: Any) -> tuple[Markup, float]:
     half = (count + 1) // 2
     left = max(charts._width(text) for text in labels[:half]) + 16
     right = size.width - max(charts._width(text) for text in labels[half:]) - 16
-    top = 50.0
+    top = 56.0
 
     def x(rank: float) -> float:
         return left + (rank - 1) / (count - 1) * (right - left)
@@ -52,10 +52,10 @@ def _draw(ranking: Ranking, size: Any) -> tuple[Markup, float]:
         parts.append(charts._stroke("axis", x(tick), top - 5, x(tick), top))
         parts.append(charts._text("tick mid", x(tick), top - 9, str(tick)))
     reach = min(x(1 + ranking.critical), right)
-    parts += [charts._stroke("line c0", left, 14, reach, 14)]
-    parts += [charts._stroke("line c0", at, 10, at, 18) for at in (left, reach)]
+    parts += [charts._stroke("line c0", left, 20, reach, 20)]
+    parts += [charts._stroke("line c0", at, 16, at, 24) for at in (left, reach)]
     more = "" if x(1 + ranking.critical) <= right else " (longer than the axis)"
-    parts.append(charts._text("label", left, 8, f"critical difference {ranking.critical:.2f}{more}"))
+    parts.append(charts._text("label", left, 11, f"critical difference {ranking.critical:.2f}{more}"))
     bars = top + 10
     for row, (first, last) in enumerate(ranking.alike):
         at = bars + _BAR * row
