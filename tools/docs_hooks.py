@@ -161,7 +161,7 @@ def method_settings(verb: str, name: str, depth: int = 0) -> str:
 def shared_settings() -> str:
     out = []
     titles = {"Inputs": "Model and data", "Train": "Training", "Classify": "Classification", "Machine": "Machine"}
-    titles |= {"Explain": "vitkit explain", "Attack": "vitkit attack"}
+    titles |= {"Evaluate": "vitkit evaluate", "Explain": "vitkit explain", "Attack": "vitkit attack"}
     for name, title in titles.items():
         kind = getattr(shared, name)
         out += [f"## {title}", settings_table(kind, Path(str(shared.__file__)))]

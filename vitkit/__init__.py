@@ -7,6 +7,7 @@ Every command-line verb is a function here, with the same words:
     vitkit.explain("runs/a", "new/", classes="cat,dog")       vitkit.attack("runs/a", data="photos/", eps=8 / 255)
     vitkit.load("runs/a").predict("new/")                     vitkit.compare("runs/a", "runs/b")
     vitkit.predict("runs/a", "new/")                          vitkit.export("runs/a", format="onnx")
+    vitkit.scaling(models="A,B", sizes=(96, 224), data=...)   # what larger inputs and backbones buy
     vitkit.report("runs/a")   vitkit.check("photos/")         vitkit.methods()   vitkit.doctor()
 
 Loaded lazily: `import vitkit` costs milliseconds.
@@ -23,18 +24,19 @@ __version__ = "0.1.0"
 
 VERBS = (
     "adapt", "attack", "check", "compare", "demo", "doctor", "embed", "evaluate", "explain", "export", "load", "methods",
-    "predict", "pretrain", "report",
+    "predict", "pretrain", "report", "scaling",
 )  # fmt: skip
 _ELSEWHERE = {
     "VitkitError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightsError": "errors",
     "TrainingError": "errors", "MissingExtra": "errors", "Passport": "passport", "Model": "run.model", "Run": "run.model",
 }  # fmt: skip
-__all__ = ["__version__", "tokens", "weights", *VERBS, *_ELSEWHERE]
+__all__ = ["__version__", "slides", "tokens", "weights", *VERBS, *_ELSEWHERE]
 
 if TYPE_CHECKING:
     from vitkit import tokens, weights
     from vitkit.errors import ConfigError, DataError, MissingExtra, TrainingError, VitkitError, WeightsError
     from vitkit.passport import Passport
+    from vitkit.run import slides
     from vitkit.run.model import Model, Run
     from vitkit.run.verbs import (
         adapt,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         report,
+        scaling,
     )  # fmt: skip
 
 
@@ -71,6 +74,8 @@ def _callable_package(name: str) -> None:
 def __getattr__(name: str) -> Any:
     if name in ("adapt", "attack", "evaluate", "explain", "pretrain", "tokens", "weights"):
         return importlib.import_module(f"vitkit.{name}")
+    if name == "slides":  # three words of one verb: vitkit.slides.embed, .evaluate, .predict
+        return importlib.import_module("vitkit.run.slides")
     if name in VERBS:
         return getattr(importlib.import_module("vitkit.run.verbs"), name)
     if name in _ELSEWHERE:

@@ -162,6 +162,54 @@ class Task:
     classes: tuple[str, ...]
 
 
+# What `vitkit evaluate --protocols` takes: heads on cached features, methods of `vitkit adapt`, decoders for masks.
+FROZEN = ("knn", "linear", "mlknn", "linear_grid", "few_shot")
+TRAINED = ("full", "lora", "bitfit", "adaptformer", "dvpt", "vpt")
+SEGMENTING = ("segment_linear", "segment_unet", "segment_light")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Which protocols, what each may choose from, and where results go."""
+
+    protocols: tuple[str, ...] | Literal["auto"] = "auto"
+    """knn, linear, mlknn, linear_grid, few_shot on cached features; full, lora, bitfit, adaptformer, dvpt, vpt train;
+    segment_linear, segment_unet, segment_light for masks; auto = knn,linear, or segment_linear,segment_unet for masks"""
+    out: str | None = None
+    """folder for the report, predictions and cached features; by default nothing is written (trained protocols need it)"""
+    k: int | Literal["auto"] = "auto"
+    """neighbours of knn and mlknn; auto = chosen on validation"""
+    refit: bool = False
+    """train the chosen head again on train + validation, as the radiology benchmark does; trained protocols never do"""
+    shots: tuple[int, ...] = (1, 2, 5, 10, 20)
+    """few_shot: labelled images a class"""
+    draws: int = 20
+    """few_shot: random draws for each number of shots"""
+    grid_rates: tuple[float, ...] = (1e-3, 5e-3, 1e-2, 5e-2)
+    """linear_grid: learning rates, as published; each with class tokens of 1 and of 4 blocks, with and without patches"""
+    grid_epochs: int = 10
+    """linear_grid: passes over the cached features"""
+    epochs: int = 20
+    """trained protocols: passes over the training images, the same for all"""
+    training: dict[str, Any] | None = None
+    """trained protocols: settings of vitkit adapt for all or by name, e.g. {hflip: false, lora: {rank: 16, blr: 1e-3}}"""
+    mask_rates: tuple[float, ...] = (1e-2, 5e-2, 1e-1)
+    """segment_*: learning rates tried (published: 1e-4,5e-4,1e-3,5e-3,1e-2,5e-2,1e-1)"""
+    mask_epochs: int = 30
+    """segment_*: passes over the cached feature maps for each rate"""
+    mask_loss: Literal["dice", "dice_ce"] = "dice"
+    """segment_*: soft Dice, or Dice + cross-entropy"""
+    rescale: bool = False
+    """segment_*: stretch each channel of each picture to [0, 1] first, as the radiology benchmark does"""
+
+    def __post_init__(self) -> None:
+        from vitkit.errors import ConfigError
+
+        for name in ("grid_epochs", "epochs", "mask_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="at least 1")
+
+
 @dataclass(frozen=True)
 class Explain:
     """What is drawn, and where it goes."""

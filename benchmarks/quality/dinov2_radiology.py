@@ -75,13 +75,14 @@ def trunk(size: int):
 def decode(decoder: str, seed: int, quick: bool) -> dict[str, float]:
     """Scores of one decoder from one seed."""
     images = read(data("cxr_covid") / "labels.csv", mask_column="lung_mask", say=None)
-    training = segment.Training(
+    settings = segment.Settings(
         rates=RATES[-1:] if quick else RATES,
         epochs=2 if quick else EPOCHS[decoder],
         batch_size=16,
         seed=seed,
+        refit=True,
     )
-    found = segment.fit(trunk(LUNGS), images, decoder=decoder, rescale=True, training=training)
+    found = segment.fit(trunk(LUNGS), images, decoder=decoder, rescale=True, settings=settings)
     return {key: round(value, 4) for key, value in found.scores.items()} | {"rate": found.rate}
 
 
@@ -138,7 +139,7 @@ def findings(result: Result, seeds: list[int]) -> bool:
     token = parts["train"][0][:, pooling.columns(dim, 4, 1, True)]
     test = parts["test"][0][:, pooling.columns(dim, 4, 1, True)]
     shots, draws = ((1, 5), 3) if len(seeds) == 1 else ((1, 2, 5, 10, 20), 20)
-    each = {head: few_shot.fit(token, parts["train"][1], test, truth, shots=shots, draws=draws, head=head)
+    each = {head: few_shot.fit(token, parts["train"][1], test, truth, settings=few_shot.Settings(shots, draws), head=head)
             for head in ("linear", "knn")}  # fmt: skip
     for a, b in zip(each["linear"], each["knn"], strict=True):
         curve.append([a.shots, a.interval.value, span(a.interval), b.interval.value, span(b.interval)])
@@ -157,12 +158,12 @@ def protocols(parts: dict, dim: int, seeds: list[int]) -> tuple[dict, dict[str, 
     (x, y), (vx, vy), (tx, _) = (parts[name] for name in SPLITS)
     both = np.concatenate([x, vx]), np.concatenate([y, vy])
     unit = pooling.columns(dim, 4, 1, False)
-    ks = (3, 5, 10, 20)
-    best = max(ks, key=lambda k: metrics.mean_auc(vy, mlknn.fit(x[:, unit], y, k=k).scores(vx[:, unit])))
-    scores = {"ML-kNN, class token": mlknn.fit(both[0][:, unit], both[1], k=best).scores(tx[:, unit])}
+    best = mlknn.fit(x[:, unit], y, vx[:, unit], vy).k
+    nearest = mlknn.fit(both[0][:, unit], both[1], settings=mlknn.Settings(k=best))
+    scores = {"ML-kNN, class token": nearest.scores(tx[:, unit])}
     heads = []
     for seed in seeds:
-        grid = linear_grid.Grid(epochs=50, seed=seed, sum_over_batch=True)
+        grid = linear_grid.Settings(epochs=50, seed=seed, sum_over_batch=True)
         chosen = linear_grid.fit(x, y, vx, vy, dim=dim, grid=grid)
         heads.append(str(chosen.head))
         scores.setdefault("linear, SGD grid (16 heads), refit", chosen.scores(tx))

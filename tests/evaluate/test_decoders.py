@@ -12,7 +12,8 @@ from vitkit.dense.decoders import DECODERS, LightDecoder, LinearDecoder, UNetDec
 from vitkit.dense.losses import dice_ce_loss, dice_loss
 from vitkit.errors import ConfigError, DataError
 from vitkit.evaluate import masks, metrics, segment
-from vitkit.evaluate.segment import Cached, Training
+from vitkit.evaluate.feature_maps import Cached
+from vitkit.evaluate.segment import Settings
 
 SIZE = 48
 
@@ -115,8 +116,8 @@ def test_overlap_counts_false_positives_and_the_legacy_number_does_not():
 
 
 def test_from_a_folder_to_masks(vit, pictures):
-    training = Training(rates=(1e-3, 1e-2), epochs=15, batch_size=4, optimizer="adamw")
-    found = segment.fit(vit, pictures, decoder="unet", training=training)
+    settings = Settings(rates=(1e-3, 1e-2), epochs=15, batch_size=4, optimizer="adamw")
+    found = segment.fit(vit, pictures, decoder="unet", settings=settings)
     assert found.rate == max(found.table, key=lambda pair: pair[1])[0]
     assert found.scores["test_iou"] > 0.6
     said = found.predict(torch.stack([pictures.decode(i).expand(3, -1, -1) for i in range(2)]))
@@ -127,11 +128,11 @@ def test_from_a_folder_to_masks(vit, pictures):
 
 def test_selection_reads_no_test_mask(vit, pictures):
     """Test masks turned inside out: the same rate, the same decoder, another test score."""
-    training = Training(rates=(1e-3, 1e-2), epochs=2, batch_size=4, loss="dice_ce")
+    settings = Settings(rates=(1e-3, 1e-2), epochs=2, batch_size=4, loss="dice_ce")
     own = [pictures.mask(i).numpy() for i in range(len(pictures))]
     inverted = [1 - m if s == "test" else m for m, s in zip(own, pictures.split, strict=True)]
-    a = segment.fit(vit, pictures, own, decoder="light", training=training)
-    b = segment.fit(vit, pictures, inverted, decoder="light", training=training)
+    a = segment.fit(vit, pictures, own, decoder="light", settings=settings)
+    b = segment.fit(vit, pictures, inverted, decoder="light", settings=settings)
     assert a.rate == b.rate and a.table == b.table
     assert all(torch.equal(p, q) for p, q in zip(a.decoder.parameters(), b.decoder.parameters(), strict=True))
     assert a.scores["test_iou"] != b.scores["test_iou"]
@@ -142,8 +143,8 @@ def test_maps_alone_flips_and_what_is_wrong(vit, pictures):
     plain = segment.cache(vit, pictures, rows, 1, (SIZE, SIZE))
     twice = segment.cache(vit, pictures, rows, 1, (SIZE, SIZE), flips=True)
     assert len(twice) == 2 * len(plain) and plain.maps.dtype == torch.float16
-    one = Training(rates=(0.01,), epochs=1, batch_size=3)
-    found = segment.fit_maps(plain, make="linear", n_classes=2, training=one)
+    one = Settings(rates=(0.01,), epochs=1, batch_size=3)
+    found = segment.fit_maps(plain, make="linear", n_classes=2, settings=one)
     assert found.rate == 0.01 and segment.predict_maps(found.decoder, plain).shape == (4, SIZE, SIZE)
     with pytest.raises(DataError, match="several learning rates"):
         segment.fit_maps(plain, make="linear", n_classes=2)
@@ -152,7 +153,7 @@ def test_maps_alone_flips_and_what_is_wrong(vit, pictures):
     with pytest.raises(DataError, match="its mask"):
         segment.cache(vit, pictures, rows, 1, (SIZE, SIZE), masks=[np.zeros((3, 3))] * 20)
     with pytest.raises(ConfigError, match="loss 'focal'"):
-        Training(loss="focal")
+        Settings(loss="focal")
     with pytest.raises(ConfigError, match="trained on maps alone"):
         found.predict(torch.zeros(1, 3, SIZE, SIZE))
     assert isinstance(plain, Cached)

@@ -37,12 +37,12 @@ def test_scores_grow_with_shots_and_intervals_cover_the_draws():
     y = rng.integers(0, 3, 300)
     x = 1.2 * np.eye(3)[y] @ rng.normal(size=(3, 12)) + rng.normal(size=(300, 12))
     for head in ("linear", "knn"):
-        found = few_shot.fit(x[:200], y[:200], x[200:], y[200:], shots=(1, 20), draws=6, head=head)
+        found = few_shot.fit(x[:200], y[:200], x[200:], y[200:], settings=few_shot.Settings((1, 20), 6), head=head)
         assert [f.shots for f in found] == [1, 20]
         assert found[1].interval.value > found[0].interval.value
         assert found[0].interval.low < np.mean(found[0].scores) < found[0].interval.high
         assert len(set(found[0].scores)) > 1
-    again = few_shot.fit(x[:200], y[:200], x[200:], y[200:], shots=(20,), draws=6, head="knn")
+    again = few_shot.fit(x[:200], y[:200], x[200:], y[200:], settings=few_shot.Settings((20,), 6), head="knn")
     assert again[0].scores == found[1].scores
 
 
@@ -53,6 +53,10 @@ def test_what_is_wrong_is_said():
         few_shot.per_class(np.array([0, 1]), 0)
     with pytest.raises(DataError, match="no image has a label"):
         few_shot.per_class(np.array([-1, -1]), 1)
+    with pytest.raises(ConfigError, match="draws is 0"):
+        few_shot.Settings(draws=0)
+    with pytest.raises(ConfigError, match=r"shots is \(0,\)"):
+        few_shot.Settings(shots=(0,))
     with pytest.raises(ConfigError, match="head is 'tree'"):
         few_shot.fit(np.eye(2), np.array([0, 1]), np.eye(2), np.array([0, 1]), head="tree")
 

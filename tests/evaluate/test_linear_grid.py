@@ -10,7 +10,7 @@ import torch
 
 from vitkit.errors import ConfigError, DataError
 from vitkit.evaluate import linear_grid
-from vitkit.evaluate.linear_grid import Grid, Head
+from vitkit.evaluate.linear_grid import Head, Settings
 from vitkit.evaluate.pooling import columns
 
 DIM, STORED = 6, 4
@@ -53,7 +53,7 @@ def test_equals_separate_runs(kind):
     if kind == "unknown labels":
         y[::3, 1] = np.nan
         y[5] = np.nan
-    grid = Grid(
+    grid = Settings(
         rates=(1e-2, 5e-2), epochs=3, batch_size=16, sum_over_batch="official" in kind or "unknown" in kind, seed=3
     )
     heads = grid.heads()
@@ -77,7 +77,7 @@ def test_the_official_loss_is_its_double_loop():
 
 def test_selection_by_validation_and_refit_on_both():
     (x, y), (vx, vy) = data(80), data(40, seed=1)
-    grid = Grid(epochs=4)
+    grid = Settings(epochs=4)
     found = linear_grid.fit(x, y, vx, vy, dim=DIM, grid=grid)
     best = max(value for _, value in found.table)
     assert found.head == next(head for head, value in found.table if value == best)  # the first of equal ones
@@ -91,7 +91,7 @@ def test_selection_by_validation_and_refit_on_both():
 
 def test_heads_do_not_depend_on_what_else_is_in_the_grid():
     x, y = data()
-    wide, narrow = Grid(epochs=2), Grid(rates=(1e-2,), blocks=(4,), avgpool=(False,), epochs=2)
+    wide, narrow = Settings(epochs=2), Settings(rates=(1e-2,), blocks=(4,), avgpool=(False,), epochs=2)
     (alone,) = linear_grid.train(x, y, narrow.heads(), narrow, dim=DIM, stored=STORED, classes=3)
     among = dict(
         zip(wide.heads(), linear_grid.train(x, y, wide.heads(), wide, dim=DIM, stored=STORED, classes=3), strict=True)
@@ -106,8 +106,8 @@ def test_it_says_what_is_wrong():
     with pytest.raises(ConfigError, match="asks for 4 blocks, features hold 2"):
         linear_grid.fit(x[:, : DIM * 3], y, x[:, : DIM * 3], y, dim=DIM, stored=2)
     with pytest.raises(ConfigError, match="must be positive"):
-        Grid(rates=(0.0,))
+        Settings(rates=(0.0,))
     with pytest.raises(ConfigError, match="metric is 'auc'"):
-        Grid(metric="auc")
+        Settings(metric="auc")
     with pytest.raises(DataError, match="leave unlabelled out"):
-        linear_grid.train(x, np.where(y == 0, -1, y), Grid().heads(), Grid(), dim=DIM, classes=3)
+        linear_grid.train(x, np.where(y == 0, -1, y), Settings().heads(), Settings(), dim=DIM, classes=3)

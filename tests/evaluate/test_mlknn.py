@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vitkit.errors import ConfigError, DataError
-from vitkit.evaluate import knn, mlknn
+from vitkit.evaluate import knn, metrics, mlknn
+from vitkit.evaluate.mlknn import Settings
 
 
 def data(n=60, m=20, dim=6, classes=4, seed=0):
@@ -42,15 +43,29 @@ def test_equals_the_definition(k, itself, unknown):
     x, y, test = data()
     if unknown:
         y[::7, 1] = np.nan
-    found = mlknn.fit(x, y, k=k, smoothing=0.5, itself=itself).scores(test)
+    found = mlknn.fit(x, y, settings=Settings(k, 0.5, itself)).scores(test)
     assert np.allclose(found, definition(x, y, test, k, 0.5, itself), rtol=1e-12)
 
 
 def test_equal_images_are_not_their_own_neighbours_either():
     x, y, test = np.ones((9, 3)), np.eye(3)[np.arange(9) % 3], np.ones((2, 3))
-    model = mlknn.fit(x, y, k=4, itself=False)
+    model = mlknn.fit(x, y, settings=Settings(4, itself=False))
     assert np.isfinite(model.scores(test)).all()
-    assert mlknn.fit(x, y, k=100, itself=False).k == 8
+    assert mlknn.fit(x, y, settings=Settings(100, itself=False)).k == 8
+
+
+def test_k_is_chosen_on_validation():
+    x, y, val = data(n=80, m=40)
+    truth = np.random.default_rng(3).integers(0, 2, (40, 4)).astype(float)
+    model = mlknn.fit(x, y, val, truth)
+    assert [k for k, _ in model.curve] == [1, 3, 5, 10, 20, 50]
+    for k, value in model.curve:
+        alone = mlknn.fit(x, y, settings=Settings(k))
+        assert value == metrics.mean_auc(truth, alone.scores(val))
+        if k == model.k:
+            assert np.array_equal(alone.scores(val), model.scores(val))
+    assert dict(model.curve)[model.k] == max(value for _, value in model.curve)
+    assert mlknn.fit(x, y).k == 5 and mlknn.fit(x, y).curve == []
 
 
 def test_it_says_what_is_wrong():
@@ -58,11 +73,13 @@ def test_it_says_what_is_wrong():
     with pytest.raises(DataError, match=r"use vitkit\.evaluate\.knn"):
         mlknn.fit(x, y[:, 0])
     with pytest.raises(ConfigError, match="k is 0"):
-        mlknn.fit(x, y, k=0)
+        Settings(k=0)
+    with pytest.raises(ConfigError, match="smoothing is 0"):
+        Settings(smoothing=0)
     with pytest.raises(DataError, match="no training image has a label"):
         mlknn.fit(x, np.full_like(y, np.nan))
     with pytest.raises(DataError, match="has no neighbour"):
-        mlknn.fit(x[:1], y[:1], itself=False)
+        mlknn.fit(x[:1], y[:1], settings=Settings(itself=False))
     with pytest.raises(DataError, match="leave unlabelled"):
         mlknn.votes(x, np.full(len(x), -1), x)
 

@@ -88,7 +88,7 @@ def compare_neighbours(fixture, seen) -> None:
     train, test = fixture["in.knn_train"].numpy(), fixture["in.knn_test"].numpy()
     labels, single = fixture["in.knn_multilabel"].numpy(), fixture["in.knn_class"].numpy()
     for (k,) in numbered(fixture.tensors, r"out\.mlknn\.k(\d+)"):
-        ours = mlknn.fit(train, labels, k=int(k)).scores(test)
+        ours = mlknn.fit(train, labels, settings=mlknn.Settings(k=int(k))).scores(test)
         seen.same(f"out.mlknn.k{k}", torch.from_numpy(ours))
     ks = {int(k) for (k,) in numbered(fixture.tensors, r"out\.wknn\.k(\d+)")}
     votes = mlknn.votes(

@@ -219,7 +219,10 @@ def test_nothing_to_score_is_said(tmp_path):
     [
         ({"devices": 2}, r"devices is 2, and vitkit evaluate runs in one process\n  fix: leave devices out"),
         ({"precision": "bf16"}, r"computes features in float32\n  fix: leave precision out"),
-        ({"protocols": "knn,lienar"}, r"there is no protocol 'lienar'\n  fix: protocols: knn, linear"),
+        (
+            {"protocols": "knn,lienar"},
+            r"there is no protocol 'lienar'\n  fix: did you mean linear\? protocols: knn, linear, mlknn",
+        ),
     ],
 )
 def test_settings_that_do_not_apply_are_refused(data, settings, message):

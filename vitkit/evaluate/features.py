@@ -50,6 +50,7 @@ def features(
     device: str | torch.device | None = ...,
     progress: Progress | None = ...,
     cache: str | Path | None = ...,
+    blocks: int = ...,
     on_bad: Literal["raise"] = ...,
 ) -> np.ndarray: ...
 @overload
@@ -62,6 +63,7 @@ def features(
     device: str | torch.device | None = ...,
     progress: Progress | None = ...,
     cache: str | Path | None = ...,
+    blocks: int = ...,
     on_bad: Literal["skip"],
 ) -> Extracted: ...
 def features(
@@ -73,6 +75,7 @@ def features(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
     cache: str | Path | None = None,
+    blocks: int = 0,
     on_bad: str = "raise",
 ) -> np.ndarray | Extracted:
     """float32 features (N, D) in image order.
@@ -80,15 +83,18 @@ def features(
     device: where to compute, by default where the model is; it is moved back afterwards, and its train or eval mode is
     restored. progress: called with (images done, images in all) after each batch. cache: a folder. on_bad: what a
     file that cannot be decoded does. "raise": DataError names it. "skip": the result is an `Extracted`, whose NaN
-    rows no evaluation accepts by mistake; cached rows of such files are tried again the next time.
+    rows no evaluation accepts by mistake; cached rows of such files are tried again the next time. blocks: put the
+    linear input of so many last blocks behind the pooled feature, (N, F + D * (blocks + 1)); see `evaluate.pooling`.
     """
     if on_bad not in ("raise", "skip"):
         raise ConfigError(f"on_bad is {on_bad!r}", fix='use "raise" or "skip"')
     if not len(images):
         raise DataError(f"{images.name}: no images to extract features of", fix="check the split and the path")
-    path = None if cache is None else Path(cache) / f"features-{cache_key(vit, images)}.npy"
+    path = None if cache is None else Path(cache) / f"features-{cache_key(vit, images, blocks)}.npy"
     known = None if path is None else _read(path, len(images))
-    run = partial(_extract, vit, batch_size=batch_size, workers=workers, device=device, progress=progress)
+    run = partial(
+        _extract, vit, batch_size=batch_size, workers=workers, device=device, progress=progress, blocks=blocks
+    )
     max_bad = 0.0 if on_bad == "raise" else 1.0
     x = run(images, max_bad=max_bad) if known is None else _completed(known, images, run, on_bad)
     if path is not None and x is not known:
@@ -101,8 +107,8 @@ def features(
     return Extracted(x, good, [images.path(i) for i in np.flatnonzero(~good).tolist()])
 
 
-def cache_key(vit: nn.Module, images: Images) -> str:
-    """Hash of everything that the features depend on: 32 hexadecimal digits."""
+def cache_key(vit: nn.Module, images: Images, blocks: int = 0, **more: object) -> str:
+    """Hash of everything that the features depend on, `more` included: 32 hexadecimal digits."""
     from vitkit.weights import sha256_of, trunk_state
 
     passport = _passport(vit).to_dict()
@@ -115,6 +121,8 @@ def cache_key(vit: nn.Module, images: Images) -> str:
         "structure": _structure(vit),
         "passport": {name: passport[name] for name in ("preprocess", "feature", "steps")},
         "data": images.fingerprint,
+        **({"blocks": blocks} if blocks else {}),
+        **more,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -153,11 +161,13 @@ def _extract(
     device: str | torch.device | None,
     progress: Progress | None,
     max_bad: float,
+    blocks: int = 0,
 ) -> np.ndarray:
     """(N, D), NaN where a file could not be decoded and `max_bad` allows that."""
     from vitkit import tokens
     from vitkit.data.loader import loader
     from vitkit.data.transforms import eval_view
+    from vitkit.evaluate.pooling import feature_and_inputs
 
     preprocess = _passport(vit).preprocess
     batches = loader(
@@ -173,7 +183,8 @@ def _extract(
     with _evaluating(vit, device) as at, torch.inference_mode():
         for batch in batches:
             x = preprocess.normalise(batch["image"].to(at, non_blocking=True))
-            rows = tokens.feature(vit, x).float().cpu().numpy()
+            pooled = feature_and_inputs(vit, x, blocks) if blocks else tokens.feature(vit, x)
+            rows = pooled.float().cpu().numpy()
             if rows.ndim != 2:
                 raise WeightsError(
                     f"the model gives {rows.ndim - 1} axes a picture instead of one pooled feature",

@@ -27,6 +27,7 @@ from vitkit.evaluate import metrics
 AUTO = (1, 5, 10, 20, 50, 100, 200)  # what k="auto" tries, as far as the training set reaches
 
 _SPARE = 12  # candidates kept beyond k in the float32 search
+_GATHER = 16  # ordering a gathered candidate costs about as much as this many products of a float64 search
 _STEP = 2.0**28  # similarities are compared in steps of 1 / _STEP ...
 _ROWS = 2.0**24  # ... which leaves 24 of float64's 52 bits to break ties by row number
 
@@ -159,7 +160,7 @@ def _search(
     for start in range(0, len(test), block):
         query = test[start : start + block]
         owner = None if theirs is None else theirs[start : start + block]
-        if kept >= len(train):
+        if kept * _GATHER >= len(train):
             found.append(_exact(train, query, k, block, mine, owner))
             continue
         similarity, index, unsure = _quick(train, query, k, block, mine, owner)

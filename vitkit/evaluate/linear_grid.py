@@ -1,14 +1,27 @@
-"""Many linear heads by SGD at once on cached features: the grid (blocks x avgpool x learning rate) of the radiology benchmark.
+"""Grid of linear heads by SGD: learning rates x blocks x avgpool at once on cached features, validation picks the head.
 
-Paper: Baharoon et al., arXiv 2312.02366, after DINOv2's linear evaluation. Every head has its own learning rate and input
-(`vitkit.evaluate.pooling`); SGD with momentum 0.9, no weight decay, cosine to 0 by step, weights ~ N(0, 0.01), biases 0. The
-best head on validation is trained afresh on train + validation, and only that one is for test images.
+Paper: Baharoon et al., "Towards General Purpose Vision Foundation Models for Medical Image Analysis: An Experimental
+Study of DINOv2 on Radiology Benchmarks", arXiv 2312.02366, after DINOv2's linear evaluation. Official code:
+MohammedSB/DINOv2ForRadiology.
 
-How it is fast: the frozen trunk ran once (features are given), heads with the same input are one matrix product, and the
-gradient of the loss is written down instead of taped. The results are those of separate torch.optim.SGD runs.
+What happens, and where: every head has its own learning rate and input: class tokens of the last 1 or 4 blocks, with or
+without the mean patch token (`pooling.linear_input`). SGD with momentum 0.9, no weight decay, cosine to 0 by step,
+weights ~ N(0, 0.01), biases 0 (`train`). The head with the best mean AUC on validation wins, of equal ones the first in
+the order blocks, avgpool, rate; with `refit` it is trained afresh on train + validation (`fit`). Only that head sees
+test images.
 
-For a plain answer to "how good is a linear head" prefer `vitkit.evaluate.linear`: it solves the convex problem exactly and
-has no learning rate. This grid is for comparison with published tables.
+Differs from the paper: features are taken once, without augmentation; the official code runs the backbone again in
+every epoch, and for the search and the refit. Scores of one label an image are softmax probabilities, where the
+official AUC is on sigmoids. The official loss for several labels is summed over the batch (`sum_over_batch`); here it
+is averaged unless asked.
+
+Cost: a pass over the features and epoch. Heads with the same input are one matrix product and the gradient is written
+down instead of taped; the results are those of separate torch.optim.SGD runs. For a plain answer to "how good is a
+linear head" the exact probe (`evaluate linear`) is cheaper and has no learning rate; this grid is for comparison with
+published tables.
+
+    vitkit evaluate --model vit_small_patch14_dinov2.lvd142m --data scans/ --protocols linear_grid --refit true
+    vitkit.evaluate(model="vit_small_patch14_dinov2.lvd142m", data="scans/", protocols="linear_grid", refit=True)
 """
 
 from __future__ import annotations
@@ -25,14 +38,12 @@ from vitkit.errors import ConfigError, DataError
 from vitkit.evaluate import metrics
 from vitkit.evaluate.pooling import columns
 
-RATES = (1e-3, 5e-3, 1e-2, 5e-2)
-
 
 @dataclass(frozen=True)
-class Grid:
+class Settings:
     """The heads that are tried, and how they are trained."""
 
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...] = (1e-3, 5e-3, 1e-2, 5e-2)
     """learning rates"""
     blocks: tuple[int, ...] = (1, 4)
     """class tokens of so many last blocks"""
@@ -53,7 +64,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
-            raise ConfigError(f"rates {self.rates} must be positive", fix=f"for example {RATES}")
+            raise ConfigError(f"rates {self.rates} must be positive", fix="for example (1e-3, 1e-2)")
         if not self.blocks or not self.avgpool or self.epochs < 1 or self.batch_size < 1:
             raise ConfigError(f"this grid has no head or no step: {self}", fix="at least one of each")
         if self.metric and not hasattr(metrics, self.metric):
@@ -108,7 +119,7 @@ def fit(
     dim: int,
     stored: int = 4,
     n_classes: int | None = None,
-    grid: Grid = Grid(),
+    grid: Settings = Settings(),
     refit: bool = True,
 ) -> Chosen:
     """Train the whole grid on `train`, pick by validation, train that head afresh on train + validation.
@@ -147,7 +158,7 @@ def train(
     x: np.ndarray,
     y: np.ndarray,
     heads: Sequence[Head],
-    grid: Grid,
+    grid: Settings,
     *,
     dim: int,
     stored: int = 4,
@@ -195,7 +206,7 @@ class _Stack:
         rates = torch.tensor([h.rate for h in heads]).repeat_interleave(classes)
         return cls(heads, where, weight, bias, rates, classes, (torch.zeros_like(weight), torch.zeros_like(bias)))
 
-    def step(self, batch: Tensor, target: Tensor, single: bool, fraction: float, grid: Grid) -> None:
+    def step(self, batch: Tensor, target: Tensor, single: bool, fraction: float, grid: Settings) -> None:
         x = batch[:, self.where]
         logits = torch.addmm(self.bias, x, self.weight.T).view(len(x), len(self.heads), self.classes)
         residual = loss_gradient(logits, target, single, grid.sum_over_batch).view(len(x), -1)

@@ -31,17 +31,35 @@ def confusion(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarra
     return np.bincount(truth * n_classes + said, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
+def confusions(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """`confusion` of every image of (N, H, W): (N, C, C). Sums of it give the figures of any selection of images."""
+    y, predicted = np.asarray(y), np.asarray(predicted)
+    return np.stack([confusion(a, b, n_classes) for a, b in zip(y, predicted, strict=True)])
+
+
+def table_iou(tables: np.ndarray) -> float:
+    """`mean_iou` from confusions (N, C, C)."""
+    return _mean(_iou(np.asarray(tables).sum(0, dtype=float))[1:])
+
+
+def class_iou_of(tables: np.ndarray) -> np.ndarray:
+    """`class_iou` from confusions (N, C, C)."""
+    return _iou(np.asarray(tables).sum(0, dtype=float))
+
+
+def table_dice(tables: np.ndarray) -> float:
+    """`mean_dice` from confusions (N, C, C)."""
+    return _mean(_dice(np.asarray(tables).sum(0, dtype=float))[1:])
+
+
 def class_iou(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """TP / (TP + FP + FN) of every class (C,), background included."""
-    table = confusion(y, predicted, n_classes).astype(float)
-    hit = np.diag(table)
-    return _ratio(hit, table.sum(0) + table.sum(1) - hit)
+    return _iou(confusion(y, predicted, n_classes).astype(float))
 
 
 def class_dice(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """2 TP / (2 TP + FP + FN) of every class (C,), background included."""
-    table = confusion(y, predicted, n_classes).astype(float)
-    return _ratio(2 * np.diag(table), table.sum(0) + table.sum(1))
+    return _dice(confusion(y, predicted, n_classes).astype(float))
 
 
 def mean_iou(y: np.ndarray, predicted: np.ndarray, n_classes: int, *, background: bool = False) -> float:
@@ -59,9 +77,16 @@ def legacy_jaccard(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> floa
     """The benchmark's Jaccard, for comparison with its tables only: pixels whose truth is background are dropped
     altogether, so false positives on them are free and an image painted all foreground scores 1."""
     y = np.asarray(y)
-    table = confusion(np.where(y == 0, UNKNOWN, y), predicted, n_classes).astype(float)
+    return _mean(_iou(confusion(np.where(y == 0, UNKNOWN, y), predicted, n_classes).astype(float))[1:])
+
+
+def _iou(table: np.ndarray) -> np.ndarray:
     hit = np.diag(table)
-    return _mean(_ratio(hit, table.sum(0) + table.sum(1) - hit)[1:])
+    return _ratio(hit, table.sum(0) + table.sum(1) - hit)
+
+
+def _dice(table: np.ndarray) -> np.ndarray:
+    return _ratio(2 * np.diag(table), table.sum(0) + table.sum(1))
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

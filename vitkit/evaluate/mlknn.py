@@ -1,36 +1,64 @@
-"""Neighbour protocols of the radiology benchmark: ML-kNN for several labels an image, and DINO's votes for several k.
+"""ML-kNN: nearest neighbours for several labels an image, each label a Bayesian guess from how many neighbours carry it.
 
 Paper: Zhang and Zhou, "ML-KNN: A lazy learning approach to multi-label learning", Pattern Recognition 2007; used with
 cosine neighbours by Baharoon et al. (arXiv 2312.02366), code MohammedSB/DINOv2ForRadiology.
 
-ML-kNN asks, label by label: given that j of the k nearest training images carry it, how likely does this one? With
-smoothing s and n training images of which n_c carry label c, by Bayes
+What happens, and where: given that j of the k nearest training images carry a label, how likely does this one
+(`MLkNN.scores`)? With smoothing s and n training images of which n_c carry label c, by Bayes
 
     P(c) = (s + n_c) / (2 s + n)        a = P(c) P(j | c)        b = (1 - P(c)) P(j | not c)        score = a / (a + b)
 
 where P(j | c) is the smoothed histogram, over the training images that carry c, of how many of their own k neighbours
-do. In the official code an image is one of its own neighbours (`itself`), which makes the training histograms look
-better than those of new images; it is the default here for equal numbers, and can be switched off.
+do (`fit`). Neighbours come from `vitkit.evaluate.knn.neighbours` (exact, blocked, ties by row); counting is one gather,
+no loop over images and labels.
 
-Neighbours come from `vitkit.evaluate.knn.neighbours` (exact, blocked, ties by row); counting is one gather, no loop
-over images and labels.
+Differs from the paper: k may be chosen by mean AUC on validation; unknown labels are left out. In the official code an
+image is one of its own neighbours (`itself`), which makes the training histograms look better than those of new images;
+it is the default here for equal numbers, and can be switched off.
+
+Cost: a neighbour search of the training images among themselves, and of the queries. `votes` gives DINO's scores for
+several k from one search.
+
+    vitkit evaluate --model vit_small_patch14_dinov2.lvd142m --data findings.csv --protocols mlknn,linear
+    vitkit.evaluate(model="vit_small_patch14_dinov2.lvd142m", data="findings.csv", protocols="mlknn,linear")
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from vitkit.errors import ConfigError, DataError
-from vitkit.evaluate import knn
+from vitkit.evaluate import knn, metrics
 
+AUTO = (1, 3, 5, 10, 20, 50)  # what k="auto" tries, as far as the training set reaches
 _ROWS = 4096  # queries whose neighbours' labels are held at once
 
 
 @dataclass(frozen=True)
+class Settings:
+    """ML-kNN."""
+
+    k: int | Literal["auto"] = "auto"
+    """neighbours; auto = chosen on validation, or the published 5 where there is none"""
+    smoothing: float = 1.0
+    """pseudo-counts of every bin, as published"""
+    itself: bool = True
+    """a training image counts among its own neighbours, as in the official code"""
+
+    def __post_init__(self) -> None:
+        if self.k != "auto" and (not isinstance(self.k, int) or self.k < 1):
+            raise ConfigError(f"k is {self.k!r}", fix='a whole number from 1, usually 5, or "auto"')
+        if self.smoothing <= 0:
+            raise ConfigError(f"smoothing is {self.smoothing}", fix="a positive number, usually 1")
+
+
+@dataclass(frozen=True)
 class MLkNN:
-    """A fitted ML-kNN. `carrying` and `lacking` (C, k + 1): P(j | label), P(j | no label); `prior` (C,)."""
+    """A fitted ML-kNN. `carrying` and `lacking` (C, k + 1): P(j | label), P(j | no label); `prior` (C,). `curve`: (k, mean
+    AUC on validation) for every k tried."""
 
     x: np.ndarray
     y: np.ndarray
@@ -38,10 +66,13 @@ class MLkNN:
     prior: np.ndarray
     carrying: np.ndarray
     lacking: np.ndarray
+    curve: list[tuple[float, float]] = field(default_factory=list)
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         """Probabilities (M, C) of features (M, D)."""
-        _, index = knn.neighbours(self.x, x, self.k)
+        return self._scores(knn.neighbours(self.x, x, self.k)[1])
+
+    def _scores(self, index: np.ndarray) -> np.ndarray:
         count = _count(self.y, index)  # (M, C)
         label = np.arange(self.y.shape[1])
         a = self.prior * self.carrying[label, count]
@@ -49,11 +80,18 @@ class MLkNN:
         return a / (a + b)
 
 
-def fit(train_x: np.ndarray, train_y: np.ndarray, *, k: int = 5, smoothing: float = 1.0, itself: bool = True) -> MLkNN:
+def fit(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    val_x: np.ndarray | None = None,
+    val_y: np.ndarray | None = None,
+    *,
+    settings: Settings = Settings(),
+) -> MLkNN:
     """Fit to features (N, D) and labels (N, C) of 0, 1, NaN. `k` beyond the training set means all of it.
 
-    itself: a training image counts among its own k neighbours, as in the official code. An unknown label (NaN) leaves
-    the image out of that label's prior and histograms, and counts as absent where the image is somebody's neighbour.
+    An unknown label (NaN) leaves the image out of that label's prior and histograms, and counts as absent where the image
+    is somebody's neighbour. k="auto": of equal mean AUCs on validation the larger k.
     """
     y = np.asarray(train_y, dtype=float)
     if y.ndim != 2 or len(y) != len(train_x):
@@ -61,15 +99,28 @@ def fit(train_x: np.ndarray, train_y: np.ndarray, *, k: int = 5, smoothing: floa
             f"ML-kNN is for labels (N, C), got {y.shape} for {len(train_x)} features",
             fix="use vitkit.evaluate.knn for one label an image",
         )
-    if k < 1 or smoothing <= 0:
-        raise ConfigError(f"k is {k} and smoothing {smoothing}", fix="k from 1, a positive smoothing, usually 5 and 1")
-    known = ~np.isnan(y)
-    if not known.any():
+    if np.isnan(y).all():
         raise DataError("no training image has a label", fix="name a labelled split")
-    k = min(k, len(y) if itself else len(y) - 1)
-    if k < 1:
+    most = len(y) if settings.itself else len(y) - 1
+    if most < 1:
         raise DataError("a single training image has no neighbour", fix="itself=True, or more images")
-    count = _count(y, _own_neighbours(train_x, k, itself))
+    if settings.k != "auto" or val_x is None or not len(val_x):
+        k = min(5 if settings.k == "auto" else settings.k, most)
+        return _fitted(train_x, y, _own_neighbours(train_x, k, settings.itself), settings.smoothing)
+    ks = [k for k in AUTO if k <= most]
+    own, near = _own_neighbours(train_x, ks[-1], settings.itself), knn.neighbours(train_x, val_x, ks[-1])[1]
+    fitted = {k: _fitted(train_x, y, own[:, :k], settings.smoothing) for k in ks}
+    truth = np.asarray(val_y, dtype=float)
+    curve = [(k, metrics.mean_auc(truth, model._scores(near[:, :k]))) for k, model in fitted.items()]
+    best = fitted[max(curve, key=lambda point: (-np.inf if np.isnan(point[1]) else point[1], point[0]))[0]]
+    best.curve.extend(curve)
+    return best
+
+
+def _fitted(x: np.ndarray, y: np.ndarray, own: np.ndarray, smoothing: float) -> MLkNN:
+    """From the training images' own neighbours (N, k)."""
+    k, known = own.shape[1], ~np.isnan(y)
+    count = _count(y, own)
     carried, lacked = (y == 1), known & (y == 0)
     prior = (smoothing + carried.sum(0)) / (2 * smoothing + known.sum(0))
     histograms = []
@@ -77,7 +128,7 @@ def fit(train_x: np.ndarray, train_y: np.ndarray, *, k: int = 5, smoothing: floa
         bins = np.bincount((count + (k + 1) * np.arange(y.shape[1]))[rows], minlength=y.shape[1] * (k + 1))
         bins = bins.reshape(-1, k + 1)
         histograms.append((smoothing + bins) / (smoothing * (k + 1) + bins.sum(1, keepdims=True)))
-    return MLkNN(np.asarray(train_x), y, k, prior, *histograms)
+    return MLkNN(np.asarray(x), y, k, prior, *histograms)
 
 
 def votes(

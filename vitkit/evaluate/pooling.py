@@ -41,11 +41,22 @@ def columns(dim: int, stored: int, blocks: int, avgpool: bool) -> slice:
 
 def encode_inputs(vit: nn.Module, images: Tensor, blocks: int = 4) -> Tensor:
     """The linear input (B, D * (blocks + 1)) of normalised images (B, C, H, W), avgpool included, in float32."""
+    taps = tokens.encode(vit, images, layers=_last(vit, blocks)).taps
+    return linear_input(taps, blocks, True).float()
+
+
+def feature_and_inputs(vit: nn.Module, images: Tensor, blocks: int = 4) -> Tensor:
+    """(B, F + D * (blocks + 1)): the model's own pooled feature, then the linear input, from one pass."""
+    found = tokens.encode(vit, images, layers=_last(vit, blocks))
+    pooled = vit.forward_head(found.all, pre_logits=True)
+    return torch.cat([pooled, linear_input(found.taps, blocks, True)], dim=-1).float()
+
+
+def _last(vit: nn.Module, blocks: int) -> list[int]:
     depth = len(tokens.require_vit(vit).blocks)
     if blocks > depth:
         raise ConfigError(f"{blocks} blocks of a ViT with {depth}", fix=f"at most {depth}")
-    taps = tokens.encode(vit, images, layers=list(range(-blocks, 0))).taps
-    return linear_input(taps, blocks, True).float()
+    return list(range(-blocks, 0))
 
 
 @torch.inference_mode()
@@ -117,5 +128,8 @@ def mean_over(inputs: Tensor, owner: Tensor, count: int) -> Tensor:
 
 def _class_token(tap: Tokens) -> Tensor:
     if tap.prefix.shape[1] == 0:
-        raise ConfigError("this ViT has no class token", fix="a linear head on the mean patch token: evaluate.linear")
+        raise ConfigError(
+            "this ViT has no class token, which the linear grid reads",
+            fix="leave linear_grid out; the protocol linear reads the model's own pooled feature",
+        )
     return tap.prefix[:, 0]

@@ -19,11 +19,13 @@ verbs
   explain METHOD     adapt to a model that explains itself          --model --data --out
   attack             is it fooled through its public trunk?         MODEL --data [--eps 8/255] [--out]
   attack harden      train against such images                      --model --data --out
-  evaluate           kNN and linear probe of a frozen model         --model --data [--protocols knn,linear] [--out]
+  evaluate           kNN, probes, few-shot, PEFT, masks: one table  --model --data [--protocols knn,lora,...] [--out]
+  scaling            what larger inputs and backbones buy           --models A,B --sizes 96,224 --data [--out]
   embed              features of every image, with a gallery        --model --data --out
   predict            classes of new images                          RUN DATA [--out predictions.csv]
   compare            runs side by side, paired on the same images   RUN RUN [RUN ...] [--out compare.html]
-  compare            did it help? two models on your images         A B --data [--general] [--out]
+  compare            did it help? models on your images             A B [C ...] --data D[,D2] [--general] [--out]
+  slides             whole slides: tiles, features, a label each   embed | evaluate | predict [--help]
   report             write a run's report again                     RUN
   export             one file without vitkit                        RUN [--format safetensors|onnx] [--out FILE]
   check              look through a data set before training        DATA
@@ -150,8 +152,18 @@ def _evaluate(words: list[str]) -> int:
 
     config = verbs.settings_for("evaluate", None, words)
     verbs.check_protocols(config.own.protocols)
-    for name, found in evaluate_job(config).items():
-        print(f"{name:<8}" + _metric_words(found))
+    results = evaluate_job(config)
+    for name, found in results.items():
+        print(f"{name:<{max(map(len, results)) + 2}}" + _metric_words(found))
+    return 0
+
+
+def _scaling(words: list[str]) -> int:
+    from vitkit.run.scaling import scaling_job, settings_for
+
+    found = scaling_job(settings_for(words))
+    print(found["verdict"])
+    print(found["report"])
     return 0
 
 
@@ -161,6 +173,11 @@ def _embed(words: list[str]) -> int:
 
     config = verbs.settings_for("embed", None, words)
     found = embed_job(config)
+    if hasattr(found, "shards"):
+        left = f", {len(found.skipped)} files left out" if found.skipped else ""
+        where = f"{found.out}/features/, {found.shards} Parquet shards; manifest.json"
+        print(f"{found.rows} images, {found.dim} values each{left}: {where}")
+        return 0
     print(f"{len(found)} images, {found.shape[1]} values each: {config.own.out}/features.npy, images.csv, gallery.html")
     return 0
 
@@ -178,14 +195,20 @@ def _predict(words: list[str]) -> int:
 def _compare(words: list[str]) -> int:
     from vitkit.run import verbs
 
+    if _asks_help(words):
+        from vitkit.run import helped
+
+        print("vitkit compare RUN RUN [RUN ...] [--out compare.html]")
+        print("vitkit compare A B [C ...] --data D[,D2,...] [--setting value ...]\n")
+        helped.settings_for(["--help"])
     if any(word == "--data" or word.startswith("--data=") for word in words):
         from vitkit.run import helped
 
-        shape = "vitkit compare A B --data D [--general G] [--out DIR or page.html] [--setting value ...]"
+        shape = "vitkit compare A B [C ...] --data D[,D2,...] [--general G] [--out DIR] [--setting value ...]"
         flags = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        if flags != 2:
-            raise ConfigError(f"vitkit compare takes 2 models before --data, got {flags}", fix=shape)
-        result = helped.helped_job(words[0], words[1], helped.settings_for(words[2:]))
+        if flags < 2:
+            raise ConfigError(f"vitkit compare takes 2 models or more before --data, got {flags}", fix=shape)
+        result = helped.compare_models(words[:flags], words[flags:])
     else:
         given = _words(words, "compare RUN RUN", positional=2, options=("out",), more=True)
         runs = [value for key, value in given.items() if key.isdigit()]
@@ -227,10 +250,16 @@ def _methods(words: list[str]) -> int:
     if verb is not None and verb not in discover.VERBS:
         raise ConfigError(f"there is no verb '{verb}' with methods", fix=f"one of: {', '.join(discover.VERBS)}")
     for method in discover.methods(verb):
-        print(f"{method.verb:<9}{method.name:<13}{method.summary}")
+        print(f"{method.verb:<9}{method.name:<15}{method.summary}")
         if method.paper:
-            print(f"{'':<22}{method.paper}")
+            print(f"{'':<24}{method.paper}")
     return 0
+
+
+def _slides(words: list[str]) -> int:
+    from vitkit.run import slides
+
+    return slides.command(words)
 
 
 def _doctor(words: list[str]) -> int:
@@ -322,9 +351,11 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explain": _with_model("explain"),
     "attack": _with_model("attack"),
     "evaluate": _evaluate,
+    "scaling": _scaling,
     "embed": _embed,
     "predict": _predict,
     "compare": _compare,
+    "slides": _slides,
     "report": _report,
     "export": _export,
     "check": _check,

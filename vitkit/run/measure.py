@@ -1,18 +1,17 @@
-"""Measuring a frozen model: `vitkit evaluate` (protocols with intervals) and `vitkit embed` (features with a gallery).
+"""Measuring a model: `vitkit evaluate` (protocols with intervals) and `vitkit embed` (features with a gallery).
 
 Nothing is chosen on the images that are scored: hyper-parameters come from the validation split, or from within the
-training images where the validation split is what is scored.
+training images where the validation split is what is scored. The protocols themselves are in `vitkit.run.protocols`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,84 +20,53 @@ import torch
 
 from vitkit.data.images import Images
 from vitkit.errors import ConfigError, DataError
-from vitkit.run.batches import Data, labelled_parts, open_data, open_model, speaker, worker_count
+from vitkit.run.batches import Data, open_data, open_model, speaker, worker_count
 from vitkit.run.config import Config, main_line
 from vitkit.run.files import atomic, atomic_write
 from vitkit.run.folder import RunFolder
+from vitkit.run.outcomes import Outcome, entry, known, labels_of, varies
 from vitkit.settings import Machine
 
 # Settings that do not change what is measured (beyond rounding), so that the same folder may be written again with others.
 FREE = frozenset({"workers", "quiet", "batch_size", "accelerator", "precision", "devices"})
-
-
-@dataclass
-class Outcome:
-    """One protocol on one split: probabilities `scores` (N, C), what was chosen on what, and the curve it was chosen by."""
-
-    protocol: str
-    scores: np.ndarray
-    chosen: str
-    picked_on: str
-    curve: list[tuple[float, float]]
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-    interval: Any = None
-    note: str = ""
-
-
-@dataclass
-class Measured:
-    """Everything that an evaluation found, for its files and its report."""
-
-    images: Images
-    part: Images  # the scored images
-    split: str
-    trained_on: int
-    feature_dim: int
-    images_per_second: float | None
-    cautions: list[str]
-    outcomes: list[Outcome]
-
-    @property
-    def main(self) -> str:
-        return next(iter(self.outcomes[0].metrics))
+__all__ = ["compare_job", "device_of", "embed_job", "evaluate_job", "known", "labels_of", "run_protocol", "scored_part"]
 
 
 def evaluate_job(config: Config) -> dict[str, dict[str, Any]]:
-    """Score the frozen model of `config` by every protocol asked for: {protocol: {"name": main metric, "value", "low",
-    "high", "n", "chosen", "seconds", every other metric}}. With `out`, files and a report are written there.
+    """Score the model of `config` by every protocol asked for: {protocol: {"name": main metric, "value", "low", "high",
+    "n", "chosen", "seconds", "trained", every other metric}}. With `out`, files and a report are written there.
 
     Raises DataError where there is nothing to train on or to score, and ConfigError on settings that do not apply.
     """
+    from vitkit.run import outcomes, protocols, protocols_masks
+
     device = device_of(config.machine, "evaluate")
     say = speaker(config.machine.quiet)
-    with torch.random.fork_rng(devices=[]), _home(config, "evaluate") as folder:
+    with torch.random.fork_rng(devices=[]):
         images = open_data(config.inputs, say)
-        data = labelled_parts(images, config.inputs, config.machine, say)
-        part, split = scored_part(data)
-        vit: Any = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
-        cautions = overlap_with_training(vit, images)
-        for text in cautions:
-            say(f"caution: {text}")
-        parts = {"train": data.train, "val": data.val, "test": data.test}
-        used = {name: one for name, one in parts.items() if len(one)}
-        cache = None if folder is None else folder.path / "cache"
-        x, speed = _features(vit, used, config.machine, device, cache)
-        outcomes = [run_protocol(name, x, data, split, config.own.k, device) for name in config.own.protocols]
-        for outcome in outcomes:
-            judge(outcome, part, str(images.task))
-        measured = Measured(images, part, split, len(data.train), x["train"].shape[1], speed, cautions, outcomes)
-        if folder is not None:
-            from vitkit.run.measured import write_evaluation
+        config = protocols.resolved(config, images)
+        say(f"protocols: {', '.join(config.own.protocols)}")
+        with _home(config, "evaluate") as folder:
+            job = protocols_masks.segment if images.task == "mask" else protocols.classify
+            measured = job(config, images, device, folder, say)
+            outcomes.compare_outcomes(measured.outcomes, measured.part, str(images.task))
+            if folder is not None:
+                from vitkit.run.measured import write_evaluation
 
-            report = write_evaluation(folder, measured, vit.passport, config)
-            say(f"report: {report}")
-    return {outcome.protocol: entry(outcome, measured) for outcome in outcomes}
+                report = write_evaluation(folder, measured, config)
+                say(f"report: {report}")
+    return {outcome.protocol: entry(outcome, measured) for outcome in measured.outcomes}
 
 
-def embed_job(config: Config) -> np.ndarray:
-    """Features (N, D) of every image, written with names, splits and labels and a gallery to `out`; returns the array."""
-    from vitkit.run import gallery
+def embed_job(config: Config) -> Any:
+    """Features (N, D) of every image, written with names, splits and labels and a gallery to `out`; returns the array.
+
+    In Parquet or with Ray: what `vitkit.run.sharded.embed_sharded` writes and returns.
+    """
+    from vitkit.run import gallery, sharded
+
+    if sharded.asked(config):
+        return sharded.embed_sharded(config)
 
     device = device_of(config.machine, "embed")
     say = speaker(config.machine.quiet)
@@ -151,9 +119,16 @@ def scored_part(data: Data) -> tuple[Images, str]:
 
 
 def run_protocol(
-    name: str, x: dict[str, np.ndarray], data: Data, split: str, k: int | Literal["auto"], device: torch.device
+    name: str,
+    x: dict[str, np.ndarray],
+    data: Data,
+    split: str,
+    k: int | Literal["auto"],
+    device: torch.device,
+    *,
+    refit: bool = False,
 ) -> Outcome:
-    """Fit protocol `name` on the training features, choose on validation, give probabilities of the scored split.
+    """Fit protocol `name` (knn or linear) on the training features, choose on validation, score the split.
 
     Where the validation images are the scored ones, the choice is made within the training images. Labels of the scored
     images are not passed to anything here.
@@ -162,40 +137,27 @@ def run_protocol(
 
     began = time.perf_counter()
     train, classes = data.train, len(data.all.classes)
-    held = (x["val"], labels_of(data.val)) if split != "val" and "val" in x else (None, None)
+    held = (x["val"], labels_of(data.val)) if split != "val" and "val" in x and varies(data.val) else (None, None)
     where = "cpu" if device.type == "mps" else str(device)  # both fit in float64, which MPS lacks
     kwargs: dict[str, Any] = {"n_classes": classes, "groups": train.group, "device": where}
     if name == "knn":
         fitted: Any = knn.fit(x["train"], labels_of(train), *held, settings=knn.Settings(k=k), **kwargs)
         auto = "validation" if held[0] is not None else "the training images, each by the others"
         chosen, picked_on, note = f"k={fitted.chosen}", auto if k == "auto" else "nothing: it was given", ""
+        if refit and held[0] is not None:
+            both = np.concatenate([x["train"], held[0]]), np.concatenate([labels_of(train), held[1]])
+            again = knn.fit(*both, settings=knn.Settings(k=fitted.chosen), n_classes=classes, device=where)
+            fitted = replace(again, curve=fitted.curve)
     else:
-        fitted = linear.fit(x["train"], labels_of(train), *held, **kwargs)
+        settings = linear.Settings(refit=refit)
+        fitted = linear.fit(x["train"], labels_of(train), *held, settings=settings, **kwargs)
         chosen, picked_on = f"penalty={fitted.chosen:.2g}", fitted.picked_on
         note = (
             "" if fitted.converged else f"the optimiser stopped after {fitted.iterations} steps, short of its tolerance"
         )
-    scores = fitted.scores(x[split])
-    return Outcome(name, scores, chosen, picked_on, fitted.curve, time.perf_counter() - began, note=note)
-
-
-def judge(outcome: Outcome, part: Images, task: str) -> None:
-    """Metrics of an outcome on the scored images, once, and the interval of the main one (patients drawn whole)."""
-    from vitkit.evaluate import metrics, statistics
-
-    outcome.metrics = metrics.summary(task, labels_of(part), outcome.scores)
-    main = getattr(metrics, metrics.main_metric(task))
-    outcome.interval = statistics.bootstrap(main, labels_of(part), outcome.scores, groups=part.group, seed=0)
-
-
-def entry(outcome: Outcome, measured: Measured) -> dict[str, Any]:
-    """An outcome as plain values: the main metric under "value", the others by name."""
-    interval = outcome.interval
-    found = {"name": measured.main, "value": interval.value, "low": interval.low, "high": interval.high}
-    found |= {"n": len(measured.part), "split": measured.split, "chosen": outcome.chosen}
-    found |= {"picked_on": outcome.picked_on, "seconds": round(outcome.seconds, 3)}
-    notes = "; ".join(filter(None, [interval.note, outcome.note]))
-    return {**found, **outcome.metrics, **({"note": notes} if notes else {})}
+    scores, trained = fitted.scores(x[split]), 0 if name == "knn" else classes * (x["train"].shape[1] + 1)
+    seconds = time.perf_counter() - began
+    return Outcome(name, scores, chosen, picked_on, fitted.curve, seconds, note=note, trained=trained)
 
 
 def overlap_with_training(vit: Any, images: Images) -> list[str]:
@@ -241,7 +203,7 @@ def short_name(model: str) -> str:
 
 
 def _features(
-    vit: Any, parts: dict[str, Images], machine: Machine, device: torch.device, cache: Path | None
+    vit: Any, parts: dict[str, Images], machine: Machine, device: torch.device, cache: Path | None, blocks: int = 0
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """Features of every part, and images a second (None when all came from the cache)."""
     from vitkit.evaluate.features import features
@@ -257,8 +219,27 @@ def _features(
                 device=device,
                 progress=counter.at(name),
                 cache=cache,
+                blocks=blocks,
             )
     return found, counter.speed
+
+
+def feature_parts(
+    vit: Any,
+    parts: dict[str, Images],
+    machine: Machine,
+    device: torch.device,
+    cache: Path | None,
+    *,
+    blocks: int = 0,
+    whole: Any = None,
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """`_features`; with `whole` (`protocols_volumes.Volumes`) the parts are volumes, and a row is the mean of its slices."""
+    if whole is None:
+        return _features(vit, parts, machine, device, cache, blocks)
+    slices = {name: whole.slices_of(part) for name, part in parts.items()}
+    found, speed = _features(vit, {name: one for name, (one, _) in slices.items()}, machine, device, cache, blocks)
+    return {name: whole.pooled(x, slices[name][1]) for name, x in found.items()}, speed
 
 
 class Counter:
@@ -308,10 +289,18 @@ def _home(config: Config, verb: str) -> Iterator[RunFolder | None]:
     if not config.own.out:
         yield None
         return
-    folder = RunFolder(config.own.out)
+    from vitkit.run import protocols
+
+    folder, measures = RunFolder(config.own.out), verb == "evaluate"
+    free = protocols.free(config) if measures else FREE
     called = sys.argv[1:2] == [verb] and Path(sys.argv[0]).stem in ("vitkit", "__main__")
     with folder:
-        folder.claim(config.values, verb, free=FREE, command=main_line() if called else f"vitkit.{verb}(...)")
+        command = main_line() if called else f"vitkit.{verb}(...)"
+        more = measures and protocols.grown(folder, config)
+        state = folder.claim(config.values, verb, free=free | ({"protocols"} if more else set()), command=command)
+        if more and state == "finished":  # protocols are added: no longer what the summary says
+            (folder.path / "summary.json").unlink()
+            folder.claim(config.values, verb, free=free | {"protocols"}, command=command)
         yield folder
 
 
@@ -332,14 +321,3 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
     from vitkit.run.values import plain
 
     atomic_write(path, json.dumps(plain(content, finite=True), indent=1, ensure_ascii=False) + "\n")
-
-
-def labels_of(images: Images) -> np.ndarray:
-    """The labels of images that `labelled_parts` let through: there are some."""
-    assert images.labels is not None
-    return images.labels
-
-
-def known(value: float | None) -> bool:
-    """Whether there is a number."""
-    return value is not None and not math.isnan(value)

@@ -7,31 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vitkit.errors import ConfigError
+from vitkit.errors import ConfigError, nearest
 from vitkit.run import config as configs
 from vitkit.run import discover
-from vitkit.settings import Attack, Classify, Explain, Inputs, Machine, Train
+from vitkit.settings import FROZEN, SEGMENTING, TRAINED, Attack, Classify, Evaluate, Explain, Inputs, Machine, Train
 
 if TYPE_CHECKING:
     from vitkit.run.model import Model, Predictions, Run
 
 # Changing these does not change the result, so a run may be resumed with other values.
 FREE = frozenset({"workers", "quiet", "save_every"})
-PROTOCOLS = ("knn", "linear")
+PROTOCOLS = (*FROZEN, *TRAINED, *SEGMENTING)  # of `vitkit evaluate`
 REQUIRED: tuple[str, ...] = ("model", "data", "out")
 ATTACK = "dta"  # the method of `vitkit attack MODEL`
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Which frozen-feature protocols, and where results go."""
-
-    protocols: tuple[str, ...] = PROTOCOLS
-    """protocols on the cached features: knn, linear"""
-    k: int | Literal["auto"] = "auto"
-    """neighbours of kNN; auto = chosen on validation"""
-    out: str | None = None
-    """folder for the report, predictions and cached features; by default nothing is written"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,17 @@ class Embedding:
     """Where features go."""
 
     out: str = "embeddings"
-    """folder to write: features.npy (N, D), images.csv, gallery.html"""
+    """folder to write: features.npy (N, D), images.csv, gallery.html; or Parquet shards and manifest.json"""
+    format: Literal["auto", "npy", "parquet"] = "auto"
+    """one array with a gallery, or shards for an archive that memory or one day cannot hold; auto = npy, parquet with ray"""
+    shard_rows: int = 10_000
+    """parquet: images a shard; a killed job loses at most the shards it was at"""
+    engine: Literal["local", "ray"] = "local"
+    """this process, or Ray Data: every core, every GPU, or the cluster that RAY_ADDRESS names; both write the same"""
+    actors: int | Literal["auto"] = "auto"
+    """ray: copies of the model at work; auto = one a GPU, or where there is none, one a core"""
+    max_bad: float = 0.5
+    """parquet: share of unreadable files of a shard above which it stops; fewer are left out and named in the manifest"""
 
 
 def groups_for(verb: str, name: str | None = None) -> tuple[dict[str, type], dict[str, Any]]:
@@ -50,7 +48,7 @@ def groups_for(verb: str, name: str | None = None) -> tuple[dict[str, type], dic
         if discover.find(verb, name).labels:
             made["classify"] = Classify
         return {**made, "method": settings}, recipe
-    own = {"evaluate": Evaluation, "embed": Embedding, "explain": Explain, "attack": Attack}[verb]
+    own = {"evaluate": Evaluate, "embed": Embedding, "explain": Explain, "attack": Attack}[verb]
     groups: dict[str, type] = {"inputs": Inputs, "machine": Machine, "own": own}
     if verb == "attack":
         groups["method"] = discover.light("attack", name or ATTACK)[0]
@@ -144,13 +142,12 @@ def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> R
 
 def resolve(config: configs.Config) -> configs.Config:
     """Replace the "auto" values that are known before the run starts, so that they are printed and saved."""
-    import os
     from dataclasses import replace
 
     import torch
 
     from vitkit.parts.schedules import scaled_lr
-    from vitkit.run.loop import precision_of
+    from vitkit.run.loop import launched, precision_of
 
     machine, train = config.machine, config.train
     accelerator = machine.accelerator
@@ -159,7 +156,8 @@ def resolve(config: configs.Config) -> configs.Config:
         accelerator = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     machine = replace(machine, accelerator=accelerator)
     machine = replace(machine, precision="bf16" if "bf16" in precision_of(machine) else "32")
-    world = max(machine.devices, int(os.environ.get("WORLD_SIZE", "1")))
+    nodes, here = launched() or (1, machine.devices)
+    world = nodes * here
     if train.lr == "auto":
         train = replace(train, lr=scaled_lr(train.blr, machine.batch_size * train.accumulate * world))
     groups = {**config.groups, "machine": machine, "train": train}
@@ -195,10 +193,17 @@ def predict(
 
 
 def evaluate(*, model: Any = None, data: Any = None, **settings: Any) -> dict[str, Any]:
-    """Score a frozen backbone on labelled images by kNN and a linear probe on cached features, with intervals.
+    """Score a backbone on your own labelled images by published protocols, with intervals and cost, in one table.
 
-    Hyper-parameters are chosen on validation images only. Returns {"protocol": {"accuracy" or "mean_auc": value, "low",
-    "high", ...}}; `out` also writes report.html and results.json.
+    Frozen (the trunk runs once, its features are cached): knn, linear; mlknn for several labels an image; linear_grid, the
+    radiology benchmark's SGD heads; few_shot, k images a class drawn many times. Trained, each a run in OUT/PROTOCOL:
+    full, lora, bitfit, adaptformer, dvpt, vpt. Masks instead of labels: segment_linear, segment_unet, segment_light.
+    Slices of volumes (NIfTI, DICOM series) with a label a volume are pooled and scored as volumes.
+
+    Everything is chosen on validation images; the test split is scored once. Returns {protocol: {"name" of the main metric,
+    "value", "low", "high", "chosen", "seconds", "trained", other metrics}}; `out` also writes report.html and results.json.
+
+    vitkit evaluate --model M --data photos/ --protocols knn,linear,few_shot,lora,full --epochs 20 --out runs/protocols
     """
     from vitkit.run.measure import evaluate_job
 
@@ -210,14 +215,22 @@ def evaluate(*, model: Any = None, data: Any = None, **settings: Any) -> dict[st
 
 def check_protocols(names: Sequence[str]) -> None:
     """Raise ConfigError on a protocol that does not exist."""
+    if names == "auto":
+        return
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown or not names:
         wrong = f"there is no protocol '{unknown[0]}'" if unknown else "no protocol was named"
-        raise ConfigError(wrong, fix=f"protocols: {', '.join(PROTOCOLS)}")
+        close = nearest(unknown[0], PROTOCOLS) if unknown else []
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(wrong, fix=f"{hint}protocols: {', '.join(PROTOCOLS)}")
 
 
 def embed(*, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Any:
-    """Pooled features (N, D) of every image, written to `out` with a gallery of nearest neighbours; returns the array."""
+    """Pooled features (N, D) of every image, written to `out` with a gallery of nearest neighbours; returns the array.
+
+    With `format="parquet"` or `engine="ray"` they are written as shards, which the same call completes after a crash, and
+    what is returned says where they are; its `.read()` gives the array and names back.
+    """
     from vitkit.run.measure import embed_job
 
     given = {"model": model, "data": data, "out": out, **settings}
@@ -233,7 +246,11 @@ def compare(
 
     With `data` two models of any kind (timm name, weights file, run folder) are compared on these images, labelled or not:
     did going from A to B help? Linear probe, kNN, few-shot and label-free measures with paired intervals, agreement of the
-    two, and what B forgot of the `general` set, in one page with a verdict (`out`: its folder or name).
+    two, and what B forgot of the `general` set, in one page with a verdict (`out`: its folder or name). The word "random"
+    in place of a model is the other one's architecture with random weights.
+
+    More models, or several data sets (`data="D1,D2"`, or a list): scores, every pair corrected for their number, and the
+    order over the data sets with its critical difference.
     """
     if data is None:
         given = [name for name, value in {"general": general, **settings}.items() if value is not None]
@@ -242,12 +259,33 @@ def compare(
         from vitkit.run.measure import compare_job
 
         return compare_job([Path(a), Path(b), *map(Path, more)], out)
-    if more:
-        raise ConfigError(f"{2 + len(more)} models with data", fix="give two: before and after")
     from vitkit.run import helped
 
-    given_all = {"data": str(data), "out": out, "general": general, **settings}
-    return helped.helped_job(a, b, helped.settings_for({k: v for k, v in given_all.items() if v is not None}))
+    data = [str(one) for one in data] if isinstance(data, list | tuple) else str(data)
+    given_all = {"data": data, "out": out, "general": general, **settings}
+    return helped.compare_models((a, b, *more), {k: v for k, v in given_all.items() if v is not None})
+
+
+def scaling(*, models: Any = None, sizes: Any = None, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Backbones x input sizes (x shares of the labels) on your images: what does a larger input or a larger model buy?
+
+    Every backbone is scored frozen at every size by the protocols of `vitkit evaluate`, on the same test images; beside each
+    score stand FLOPs, images a second and memory. A sentence says what scaling bought, with paired intervals; the page shows
+    curves, the Pareto front and where more is worse. Data with masks: a decoder on frozen feature maps, by IoU.
+
+    A size that a model cannot take leaves its cells empty. The same command resumes; more models or sizes are added to
+    what is there. Writes scaling.html, results.json and results.csv to `out`; returns the figures.
+    """
+    from vitkit.run.scaling import scaling_job, settings_for
+
+    given = {"models": models, "sizes": sizes, "data": data, **settings}
+    given = {key: str(v) if key in ("data", "out") else v for key, v in given.items() if v is not None}
+    if "models" in given and not isinstance(given["models"], str | Path):
+        given["models"] = [str(one) for one in given["models"]]
+    for key in ("sizes", "fractions"):
+        if isinstance(given.get(key), int | float):
+            given[key] = [given[key]]
+    return scaling_job(settings_for(given))
 
 
 def report(run: str | Path) -> Path:
