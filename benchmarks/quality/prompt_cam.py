@@ -14,7 +14,8 @@ beside.
 Real objects: ten classes of `tiny_imagenet`, boxes around the object; reported, no part of the claim. The boxes are large, so
 the middle of the image is a strong baseline.
 
-Epochs and learning rate were set with seed 0 on validation images; the test split is read once a run.
+Epochs and learning rate were set with seed 0 on validation images; the test split is read once a run. The epochs for marks
+were then doubled, from 8 to 16, because one of three seeds was still at the level of guessing when they ended.
 """
 
 from __future__ import annotations
@@ -42,8 +43,17 @@ from vitkit.settings import Task
 
 SIZE, MARK, PATCH = 112, 24, 16
 MARKS = ("ring", "cross", "stripes", "checks", "triangle", "dots")
-BUDGET = {"start": 10, "epochs": 8, "lr": 2e-3, "batch": 32, "curves": 48, "rows": 8, "classes": 10}
-QUICK = {**BUDGET, "epochs": 1, "curves": 4, "rows": 16, "classes": 4}
+BUDGET = {
+    "start": 10,
+    "epochs": 16,
+    "object_epochs": 8,
+    "lr": 2e-3,
+    "batch": 32,
+    "curves": 48,
+    "rows": 8,
+    "classes": 10,
+}
+QUICK = {**BUDGET, "epochs": 1, "object_epochs": 1, "curves": 4, "rows": 16, "classes": 4}
 
 
 def checkpoint() -> Path:
@@ -123,7 +133,7 @@ def planted(seed: int, budget: dict) -> dict[str, float]:
 
 
 def fit(method: PromptCAM, count: int, draw, normalise, budget: dict, generator: torch.Generator) -> None:
-    """A bare loop; AdamW reaches in six epochs what the paper's SGD needs a hundred for."""
+    """A bare loop; AdamW reaches in a few epochs what the paper's SGD needs a hundred for."""
     optimizer = build_optimizer(method.param_groups(1e-3), name="adamw", lr=budget["lr"])
     method.train()
     steps = count // budget["batch"]
@@ -251,7 +261,7 @@ def objects(seed: int, budget: dict) -> dict[str, float]:
         flipped = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
         return torch.where(flipped, pixels[rows].flip(3), pixels[rows]), labels[rows]
 
-    fit(method, len(train), draw, normalise, budget, generator)
+    fit(method, len(train), draw, normalise, {**budget, "epochs": budget["object_epochs"]}, generator)
     x, y = normalise(enlarged(test)), torch.from_numpy(test.labels)
     right = torch.cat([method.predict(part) for part in x.split(64)]).argmax(1) == y
     ranking = class_heads.rank(vit, x, y)
