@@ -127,7 +127,9 @@ def race(
 
 def peak_memory(function: Callable[[], Any]) -> int:
     """Largest number of bytes that torch tensors newly hold at once during `function` on the CPU."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines of its own to the terminal otherwise
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # torch's profiler writes lines of its own to the terminal otherwise
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
