@@ -24,7 +24,7 @@ def main() -> None:
     handles = [plt.Line2D([], [], marker="o", ls="", color=colour, label=kind) for kind, colour in COLOURS.items()]
     figure.legend(handles=handles, ncols=len(handles), loc="upper center", frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
-    plt.rcParams["svg.hashsalt"] = "vitkit"
+    plt.rcParams.update({"svg.hashsalt": "vitkit", "svg.fonttype": "none", "font.family": "sans-serif"})
     figure.savefig(ROOT / "docs/img/benchmark.svg", metadata={"Date": None})
 
 

@@ -7,7 +7,25 @@ when the run starts, then printed and saved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ConfigError where a dataclass' field holds a word that its `Literal` annotation does not list.
+
+    The command line checks types by itself; this is for settings made in Python, where a wrong word would otherwise be taken
+    for whichever choice is not asked about by name.
+    """
+    from vitkit.errors import ConfigError
+
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        words = [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        if words and isinstance(value, str) and str not in parts and value not in words:
+            others = {int: "a whole number", float: "a number"}
+            words += [others.get(part, "several") for part in parts if part in others or get_origin(part) is tuple]
+            raise ConfigError(f"{name} is {value!r}", fix=f"one of: {', '.join(words)}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,14 @@ class Machine:
     """arithmetic; auto = bf16 where the device computes it natively, else 32"""
     quiet: bool = False
     """no progress on the terminal"""
+
+    def __post_init__(self) -> None:
+        from vitkit.errors import ConfigError
+
+        for name, least in (("batch_size", 1), ("devices", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value != "auto" and value < least:
+                raise ConfigError(f"{name} is {value}", fix=f"{least} or more")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vitkit.errors import WeightsError
 from vitkit.parts.adapt_tensors import Geometry, ViT
 from vitkit.parts.building import apply_step, attach_head, build_trunk, trunk_state
 from vitkit.parts.named import from_name
-from vitkit.parts.sources import Report, Source, from_file, from_passport, is_path, without_weights
+from vitkit.parts.sources import Report, Source, from_file, from_passport, is_path, require_model, without_weights
 from vitkit.parts.statefiles import read_state, save_state, sha256_of
 from vitkit.passport import FILE, Passport
 
@@ -166,6 +166,8 @@ def _from_run(folder: Path, drop_path_rate: float, report: Report, seen: frozens
     if folder in seen:
         raise WeightsError(f"the run {folder} is its own base", fix="restore the passport.json of one of the runs")
     passport = Passport.read(folder)
+    if not (folder / MODEL).is_file():
+        require_model(folder)
     tensors, meta = read_state(folder / MODEL)
     extras = read_state(folder / EXTRAS)[0] if (folder / EXTRAS).is_file() else {}
     stored = meta.get("vitkit")

@@ -297,3 +297,10 @@ def test_released_rates_come_an_epoch_late():
     rates = [dvpt.released_rate(e, lr=5.0, warmup=5, epochs=60) for e in range(8)]
     assert rates[:7] == [5.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and rates[7] < 5.0
     assert Classify().head == "linear"
+
+
+@pytest.mark.parametrize("name,word", [("variant", "code"), ("activation", "silu"), ("prompt_std", "small")])
+def test_words_that_are_no_choice_are_named(name, word):
+    """Made in Python, where nothing else checks them: `variant="code"` must not quietly be the released one."""
+    with pytest.raises(ConfigError, match=f"{name} is '{word}'\\n  fix: one of: "):
+        dvpt.Settings(**{name: word})

@@ -111,6 +111,17 @@ def test_white_box_is_torchattacks_in_pixels():
     assert torch.allclose(made, want)
 
 
+def test_under_inference_mode_and_in_half_precision():
+    vit, x, labels = make("plain"), pixels(2), torch.tensor([0, 1])
+    wanted = baselines.white_box("pgd", vit, x, labels, SETTINGS)
+    with torch.inference_mode():
+        found = baselines.white_box("pgd", vit, pixels(2), torch.tensor([0, 1]), SETTINGS)
+    assert torch.equal(found, wanted)
+    for name in baselines.ENCODER_ATTACKS:
+        found = baselines.encoder_attack(name, make("plain").to(torch.bfloat16), x, SETTINGS)
+        assert found.dtype == torch.float32 and (found - x).abs().max() <= SETTINGS.eps + 1e-6
+
+
 def test_errors():
     vit, x = make("plain"), pixels()
     with pytest.raises(ConfigError, match="there is no attack 'uap' on an encoder\n  fix: one of: l4a, ssp, std, fff"):

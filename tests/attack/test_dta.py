@@ -176,10 +176,31 @@ def test_the_encoder_is_left_as_it_was():
     assert all(torch.equal(values[name], p) for name, p in vit.state_dict().items())
 
 
-def test_crafting_works_where_gradients_are_off():
-    with torch.no_grad():
-        changed = craft(make("plain"), pixels(), small())
-    assert (changed != pixels()).any() and not changed.requires_grad
+@pytest.mark.parametrize("param", ["sign", "tanh"])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_crafting_works_where_gradients_are_off(off, param):
+    vit = make("plain")
+    wanted = craft(vit, pixels(), small(param=param, layer="auto"))
+    with off():
+        changed = craft(vit, pixels(), small(param=param, layer="auto"))
+    assert torch.equal(changed, wanted) and not changed.requires_grad
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoders_of_any_precision_are_attacked(family, kind):
+    """Pixels, budget and costs stay in float32 or better, whatever the encoder computes in."""
+    found = DTA(make(family).to(kind), small()).crafted(pixels())
+    assert found.pixels.dtype == torch.float32 and (found.pixels - pixels()).abs().max() <= EPS + 1e-6
+    wanted = DTA(make(family), small()).crafted(pixels())
+    assert (found.costs - wanted.costs).abs().max() <= (5e-2 if kind == torch.bfloat16 else 5e-3)
+
+
+def test_seeds_may_be_a_list():
+    vit = make("plain")
+    assert torch.equal(
+        craft(vit, pixels(2), small(), seeds=[5, 3]), craft(vit, pixels(2), small(), seeds=torch.tensor([5, 3]))
+    )
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -313,7 +334,13 @@ def test_rounding_to_8_bits_keeps_the_budget(eps):
         ({"exploit": 0}, "exploit is 0"),
         ({"step_size": -1.0}, "step_size is -1"),
         ({"jpeg": 200}, "jpeg is 200"),
-        ({"layer": "last"}, "layer is 'last'"),
+        ({"eps": 1.5}, "eps is 1.5, and pixels are in \\[0, 1\\]\n  fix: a share of it, e.g. 8/255"),
+        ({"layer": "last"}, "layer is 'last'\n  fix: a block such as 8"),
+        ({"objective": "tokn"}, "objective is 'tokn'\n  fix: one of: token, flat"),
+        ({"tokens": "cls"}, "tokens is 'cls'"),
+        ({"param": "tan"}, "param is 'tan'"),
+        ({"search": "fast"}, "search is 'fast'"),
+        ({"step_size": "small"}, "step_size is 'small'\n  fix: one of: auto, a number"),
     ],
 )
 def test_settings_that_make_no_sense(more, text):

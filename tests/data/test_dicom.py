@@ -204,6 +204,15 @@ def test_voi_lut_over_signed_values_with_an_unsigned_first_value(tmp_path):
     assert row(path) == [0, 100, 255, 255]
 
 
+def test_voi_lut_reads_every_slice_of_a_series_alike(tmp_path):
+    # stored 0..4095 minus 1024: a first value of 64512 means -1024, also in a slice without a negative value
+    table = [min(i // 16, 255) for i in range(4096)]
+    for stored, shown in (([0, 1024, 2048], [0, 64, 128]), ([1024, 1024, 2048], [64, 64, 128])):
+        path = grey(tmp_path, stored, BitsStored=12, HighBit=11, RescaleSlope=1, RescaleIntercept=-1024,
+                    VOILUTSequence=lut(table, 64512, 8))  # fmt: skip
+        assert row(path) == shown
+
+
 def test_table_cut_off(tmp_path):
     item = lut([1, 2, 3])
     item.LUTDescriptor = [30, 0, 16]
@@ -245,6 +254,11 @@ def test_ybr_full_422_shares_colour_between_two_pixels(tmp_path):
 def test_sixteen_bit_rgb_is_scaled_by_its_bits(tmp_path):
     path = dicom(tmp_path / "a.dcm", np.array([[[4095, 2048, 0]]], np.uint16), BitsStored=12, HighBit=11)
     assert decode(path)[0].tolist() == [[[255, 128, 0]]]
+
+
+def test_bits_beside_those_of_rgb_are_cut_off(tmp_path):
+    path = dicom(tmp_path / "a.dcm", np.array([[[4095 + 4096, 0, 2048]]], np.uint16), BitsStored=12, HighBit=11)
+    assert decode(path)[0].tolist() == [[[255, 0, 128]]]
 
 
 def palette(entries, bits, first=0, kind=np.uint16):

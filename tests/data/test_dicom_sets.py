@@ -94,6 +94,15 @@ def test_words_that_stand_for_nobody_are_no_patient(tmp_path, word):
     assert "groups: 3 studies by StudyInstanceUID" in " ".join(images.understood)
 
 
+def test_pictures_of_a_study_without_a_patient_go_with_its_patient(tmp_path):
+    for k in range(8):
+        lost = {"PatientID": GONE} if k % 2 else {}
+        scan(tmp_path / f"{k}.dcm", k, f"p{k // 4}", StudyInstanceUID=uid("study", k // 2), **lost)
+    images = data.read(tmp_path)
+    assert images.group.tolist() == ["patient 0001"] * 4 + ["patient 0002"] * 4
+    assert "groups: 2 patients by PatientID" in " ".join(images.understood)
+
+
 def test_one_identity_for_all_studies_is_said(tmp_path):
     for k in range(4):
         scan(tmp_path / f"{k}.dcm", k, "site", StudyInstanceUID=uid("study", k))

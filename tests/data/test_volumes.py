@@ -200,6 +200,15 @@ def test_sagittal_series_are_turned_like_all_others(tmp_path):
     assert read.data[3, 0].tolist() == [99, 99, 99] and read.data[0, 2].tolist() == [0, 10, 20]
 
 
+def test_slices_shifted_by_a_tilted_gantry_keep_their_places(tmp_path):
+    for k in range(4):
+        dicom(tmp_path / f"{k}.dcm", np.full((4, 4), k, np.uint16), SeriesInstanceUID="9.9", PixelSpacing=[1, 1],
+              ImagePositionPatient=[3, float(k), 2.0 * k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0])  # fmt: skip
+    read = volume.read(tmp_path, orientation=None)
+    for k in range(4):  # right and anterior are minus DICOM's left and posterior
+        assert np.allclose(read.affine @ [k, 0, 0, 1], [-3, -k, 2 * k, 1])
+
+
 def test_gaps_double_slices_and_uneven_steps_are_reported(tmp_path):
     ct_series(tmp_path / "gap", [0.0, 2.0, 4.0, 10.0])
     assert "gap of 6 mm between" in volume.read(tmp_path / "gap").notes[0]
@@ -390,6 +399,17 @@ def test_masks_slice_by_slice_and_only_where_they_fit(tmp_path):
     nifti(tmp_path / "masks" / "case2.nii.gz", np.full((12, 14, 5), 0.5), affine)
     with pytest.raises(DataError, match="one class number per voxel"):
         data.read(tmp_path).mask(12)
+
+
+def test_a_mask_named_for_two_volumes_must_fit_both(tmp_path):
+    nifti(tmp_path / "m.nii.gz", np.ones((12, 14, 5), np.uint8), turned("RAS"))
+    nifti(tmp_path / "a.nii.gz", bright(0), turned("RAS"))
+    nifti(tmp_path / "b.nii.gz", bright(1), turned("RAS", (1.0, 1.0, 2.0)))
+    (tmp_path / "t.csv").write_text("image,mask\na.nii.gz,m.nii.gz\nb.nii.gz,m.nii.gz\n")
+    with pytest.raises(
+        DataError, match=r"m\.nii\.gz: the mask has voxels of 1 x 1 x 1 mm, its volume b\.nii\.gz 2 x 1 x 1"
+    ):
+        data.read(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize(("image", "mask"), [

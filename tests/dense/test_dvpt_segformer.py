@@ -209,7 +209,9 @@ def test_a_frozen_trunk_stays_as_it_is(tmp_path):
     squares(tmp_path, count=8)
     method = seg.DVPTSegmentation(small(gate_init=0.1))
     before = {n: p.clone() for n, p in method.model.named_parameters()}
+    state = torch.get_rng_state()
     fit_masks(method, read(tmp_path, say=None), image_size=64, epochs=1, warmup_epochs=0.0, batch_size=3)
+    assert torch.equal(torch.get_rng_state(), state), "a caller's own random numbers"
     changed = {n for n, p in method.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(seg.trains(n) for n in changed)
     assert changed == {n for n in before if seg.trains(n)}

@@ -105,3 +105,15 @@ def test_what_is_wrong_is_said(vit, cases):
         volume_segment.volume_maps(vit, volumes[0].astype(np.float32), 32, 1)
     with pytest.raises(ConfigError, match="epochs is 0"):
         Training(epochs=0)
+
+
+def test_the_trunk_is_left_in_the_modes_it_was_in(vit, cases):
+    vit.train()
+    vit.blocks[0].eval()
+    try:
+        modes = [module.training for module in vit.modules()]
+        first = volume_segment.volume_maps(vit, cases[0][0], 32, 2)
+        assert modes == [module.training for module in vit.modules()]
+    finally:
+        vit.eval()
+    assert torch.equal(first, volume_segment.volume_maps(vit, cases[0][0], 32, 2))

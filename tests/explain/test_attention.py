@@ -181,3 +181,7 @@ def test_errors_say_what_to_do():
         attention.saliency(vit, x, None, Settings(head=4))
     with pytest.raises(ConfigError, match=r"discard is 1\n  fix: a share from 0 to below 1"):
         Settings(discard=1.0)
+    with pytest.raises(ConfigError, match=r"fusion is 'median'\n  fix: one of: mean, max, min"):
+        Settings(fusion="median")
+    with pytest.raises(ConfigError, match=r"query is 'cls'\n  fix: one of: auto, class, patches"):
+        Settings(query="cls")

@@ -139,6 +139,10 @@ def test_rank_correlation_is_spearmans():
     found = faithfulness.rank_correlation(a, b)
     assert np.allclose(found, [spearmanr(x.flatten(), y.flatten()).statistic for x, y in zip(a, b, strict=True)])
     assert torch.isnan(faithfulness.rank_correlation(torch.ones(1, 2, 2), torch.rand(1, 2, 2))).all()
+    halves = [one.to(torch.bfloat16) for one in (a, b)]
+    assert torch.equal(
+        faithfulness.rank_correlation(*halves), faithfulness.rank_correlation(*(one.float() for one in halves))
+    )
 
 
 def test_the_blur_is_a_gaussian_of_eleven_pixels():

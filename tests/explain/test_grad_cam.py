@@ -114,6 +114,18 @@ def test_frozen_models_under_no_grad_are_explained_and_left_alone():
     assert not vit.blocks[-1].norm1._forward_hooks
 
 
+def test_under_inference_mode_and_gradient_checkpointing():
+    vit, x = make("plain"), images(SIZE)
+    wanted = grad_cam.saliency(vit, x, TARGET)
+    with torch.inference_mode():
+        assert torch.equal(grad_cam.saliency(vit, images(SIZE), torch.tensor([3, 1])), wanted)
+    vit.set_grad_checkpointing(True)
+    for layer in (-1, 0):
+        found = grad_cam.saliency(vit, x, TARGET, grad_cam.Settings(layer=layer))
+        assert torch.equal(found, grad_cam.saliency(make("plain"), x, TARGET, grad_cam.Settings(layer=layer)))
+    assert vit.grad_checkpointing
+
+
 def test_errors_say_what_to_do():
     vit, x = make("plain"), images(SIZE)
     with pytest.raises(ConfigError, match=r"class 5 does not exist\n  fix: the head has 5 classes, 0..4"):

@@ -303,6 +303,8 @@ def test_errors_say_what_to_do():
         Settings(prompts=0)
     with pytest.raises(ConfigError, match=r"prompt_dropout is 1\.5"):
         Settings(prompt_dropout=1.5)
+    with pytest.raises(ConfigError, match=r"normalise is 'imagenet'\n  fix: one of: trunk, half"):
+        Settings(normalise="imagenet")
     for start in (3, -4):
         with pytest.raises(ConfigError, match=rf"start names block {start}\n.*blocks 0\.\.2, or 'last'"):
             inject(make("plain"), Settings(start=start, prompts=2))
@@ -317,6 +319,9 @@ def test_errors_say_what_to_do():
         inject(vit, Settings(prompts=2))
     for wrong in (5, -1, torch.tensor([0, 9])):
         with pytest.raises(ConfigError, match=r"class -?\d does not exist\n.*classes 0\.\.4"):
+            class_heads.rank_heads(vit, x, wrong)
+    for wrong in (0.7, torch.tensor([0.7, 1.2]), True):
+        with pytest.raises(ConfigError, match=r"classes of type torch.(float32|bool)\n  fix: whole class indices"):
             class_heads.rank_heads(vit, x, wrong)
     with pytest.raises(ConfigError, match=r"\(3,\) classes for 2 images"):
         class_heads.class_maps(vit, x, torch.tensor([0, 1, 2]))

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vitkit
+from vitkit.errors import ConfigError
 from vitkit.run import cli
 
 TINY = ["--pretrained", "false", "--image_size", "32", "--patch_size", "16", "--workers", "0", "--quiet", "--max_steps", "1",
@@ -99,3 +101,38 @@ def test_a_rare_class_is_said_aloud_and_predictions_round_trip(tmp_path, capsys)
     assert cli.main(["predict", str(tmp_path / "run"), str(new), "--out", str(tmp_path / "p.csv")]) == 0
     lines = (tmp_path / "p.csv").read_text().splitlines()
     assert lines[0] == "image,predicted,p(a),p(b),p(c)" and len(lines) == 4
+
+
+@pytest.mark.parametrize("flag,value,text", [
+    ("batch_size", 0, "batch_size is 0"), ("batch_size", -2, "batch_size is -2"),
+    ("workers", -1, "workers is -1"), ("devices", 0, "devices is 0"),
+])  # fmt: skip
+def test_machines_that_cannot_be(tmp_path, capsys, flag, value, text):
+    data = folder(tmp_path / "data", {"a": 8, "b": 8})
+    status, said = adapt(capsys, data, tmp_path / "run", f"--{flag}", str(value))
+    assert status == 2 and text in said and "or more" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_corrected_command_may_use_the_same_folder(tmp_path, capsys):
+    data, run = folder(tmp_path / "data", {"a": 8, "b": 8}), tmp_path / "run"
+    status, _ = adapt(capsys, data, run, "--image_size", "40")
+    assert status == 2 and not run.exists()
+    status, _ = adapt(capsys, data, run)
+    assert status == 0 and (run / "summary.json").is_file()
+
+
+def test_a_mistyped_method_is_not_taken_for_a_model_in_silence(tmp_path, capsys):
+    data = folder(tmp_path / "data", {"a": 4, "b": 4})
+    for verb, word, named in (("explain", "prompt-cm", "prompt_cam"), ("attack", "hardn", "harden")):
+        words = [verb, word, "--model", "vit_tiny_patch16_224", "--data", str(data), "--out", str(tmp_path / "o")]
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert f"'{word}' is read as --model, which is given again" in said and f"did you mean {named}?" in said
+        with pytest.raises(
+            ConfigError, match=f"got '{word}' and model='vit_tiny_patch16_224'\n  fix: did you mean {named}"
+        ):
+            getattr(vitkit, verb)(word, model="vit_tiny_patch16_224", data=str(data), out=str(tmp_path / "o"))
+    assert cli.main(["explain", "vit_tiny_patch16_224", str(data), f"--data={data}"]) == 2
+    assert "is read as --data, which is given again" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -166,6 +166,20 @@ def test_fractions_are_numbers_in_all_three_spellings(tmp_path):
             build([*WORDS, "--weight_decay", wrong])
 
 
+@pytest.mark.parametrize("written", ["3,5", "yes,no", "1e5", "007", "null,~", "no: finding, it's", "#1,[b]", "größer,"])
+def test_words_stay_words_whatever_yaml_makes_of_them(written, tmp_path):
+    """Classes are often called 0, 1, 2 or yes and no."""
+    wanted = tuple(part.strip() for part in written.split(",") if part)
+    by_flag = verbs.settings_for("explain", None, ["--model", "m", "--data", "d", "--classes", written])
+    assert by_flag.own.classes == wanted
+    assert verbs.settings_for("explain", None, ["--model=m", "--data=d", f"--classes={written}"]).own.classes == wanted
+    for given in (written, wanted, list(wanted)):
+        found = verbs.settings_for("explain", None, {"model": "m", "data": "d", "classes": given})
+        assert found.own.classes == wanted
+    assert verbs.settings_for("attack", None, ["--model=m", "--data=d", "--baselines", ""]).own.baselines == ()
+    assert verbs.settings_for("attack", None, ["--model=m", "--data=d", "--layer", "1,2"]).method.layer == (1, 2)
+
+
 def test_verbs_that_explain_and_attack_take_their_first_words_without_flags(monkeypatch, capsys):
     seen = {}
 

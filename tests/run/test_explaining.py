@@ -16,6 +16,7 @@ import vitkit
 from vitkit.errors import ConfigError, DataError, WeightsError
 from vitkit.explain import attention, grad_cam, pca
 from vitkit.run import explain_figures, explaining
+from vitkit.run.folder import RunFolder
 
 TINY = {"embed_dim": 24, "depth": 3, "num_heads": 3, "patch_size": 8, "num_classes": 3}
 CLASSES = ["blue", "green", "red"]
@@ -350,6 +351,9 @@ def test_a_model_with_class_prompts_shows_its_own_maps_and_traits(folder, tmp_pa
         ({"images": 0}, r"images is 0\n  fix: a positive number"),
         ({"layer": 3}, r"layer 3 does not exist\n  fix: the ViT has blocks 0..2"),
         ({"head": 3}, r"head 3 does not exist\n  fix: the block has heads 0..2"),
+        ({"head": -4, "maps": "rollout"}, r"head -4 does not exist"),
+        ({"maps": ()}, r"maps names no map\n  fix: maps: attention"),
+        ({"batch_size": 0}, r"batch_size is 0\n  fix: 1 or more"),
         ({"discard": 1.5}, r"discard is 1.5"),
         ({"out": ""}, r"out is empty, and vitkit explain writes its page"),
         ({"devices": 2}, r"vitkit explain runs in one process"),
@@ -358,11 +362,43 @@ def test_a_model_with_class_prompts_shows_its_own_maps_and_traits(folder, tmp_pa
 def test_settings_that_do_not_fit_are_refused(adapted, folder, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         vitkit.explain(adapted, str(folder), quiet=True, **{"out": str(tmp_path / "o"), **settings})
+    assert not (tmp_path / "o").exists(), "a refused command leaves nothing in the way of the corrected one"
+
+
+def test_settings_that_change_nothing_are_said(adapted, folder, tmp_path, capsys):
+    settings = {"images": 1, "sanity": "off", "maps": "grad_cam", "workers": 0}
+    vitkit.explain(adapted, str(folder), out=str(tmp_path / "a"), head=1, fusion="max", **settings)
+    said = capsys.readouterr().err
+    assert "head is for attention maps, and none is drawn: it changes nothing" in said
+    assert "fusion is for attention rollout maps" in said and "discard" not in said
+    vitkit.explain(
+        adapted, str(folder), out=str(tmp_path / "b"), classes="red", head=1, **{**settings, "maps": "attention"}
+    )
+    said = capsys.readouterr().err
+    assert (
+        "classes are asked about by Grad-CAM and Prompt-CAM maps, and none is drawn" in said and "head is" not in said
+    )
 
 
 def test_a_model_that_is_no_vit_is_refused(folder, tmp_path):
     with pytest.raises(WeightsError, match=r"(?i)resnet18.*ViT|VisionTransformer"):
         vitkit.explain("resnet18", str(folder), out=str(tmp_path / "o"), pretrained=False, quiet=True)
+
+
+def test_runs_without_a_vit_are_refused_with_the_model_named(adapted, folder, tmp_path):
+    where = {name: str(tmp_path / name) for name in ("features", "page", "begun", "o")}
+    vitkit.embed(model=adapted, data=str(folder), out=where["features"], quiet=True)
+    vitkit.explain(adapted, str(folder), out=where["page"], images=1, sanity="off", quiet=True)
+    for name, verb in (("features", "embed"), ("page", "explain")):
+        words = rf"{name} is a run of vitkit {verb}, and there is no ViT in it\n  fix: .*: {re.escape(adapted)}"
+        with pytest.raises(WeightsError, match=words):
+            vitkit.explain(where[name], str(folder), out=where["o"], quiet=True)
+    begun = RunFolder(where["begun"])
+    begun.claim({"model": adapted}, "adapt.linear")
+    begun.release()
+    (tmp_path / "begun" / "last.ckpt").write_bytes(b"a checkpoint to resume from")
+    with pytest.raises(WeightsError, match=r"begun has not saved its model yet\n  fix: .* resumes it"):
+        vitkit.explain(where["begun"], str(folder), out=where["o"], quiet=True)
 
 
 def test_numbered_classes_and_imagenet_names():
@@ -381,7 +417,10 @@ def test_numbered_classes_and_imagenet_names():
     assert names.find(["great_white_shark", "1"]) == [2, 1]
     with pytest.raises(ConfigError, match=r"did you mean goldfish"):
         names.find(["goldfihs"])
-    Vit.num_classes = 4
+    Passport.classes, Vit.num_classes = ["a_b", "A", "a", "a b"], 4  # the spelling of each is its own
+    names = ClassNames.of(Vit, said.append)
+    assert [names.index(name) for name in Passport.classes] == [0, 1, 2, 3] and names.find(["A", " A_B"]) == [1, 3]
+    Passport.classes = None
     assert ClassNames.of(Vit, said.append).names == ["0", "1", "2", "3"]
 
 

@@ -54,6 +54,34 @@ def test_new_resume_finished(tmp_path):
     assert folder.read_summary() == {"verb": "pretrain", "verdict": "good"}
 
 
+def test_what_is_refused_at_once_leaves_nothing_in_the_way(tmp_path):
+    """Settings that prove wrong after the folder was claimed must not hold it against the corrected command."""
+    path = tmp_path / "runs" / "a"
+    with pytest.raises(DataError), RunFolder(path) as folder:
+        folder.claim(CONFIG, "explain")
+        raise DataError("no images")
+    assert not path.exists()
+    path.mkdir()
+    with pytest.raises(DataError), RunFolder(path) as folder:
+        folder.claim(CONFIG, "explain")
+        raise DataError("no images")
+    assert path.is_dir() and not any(path.iterdir())
+    for error, kept in ((RuntimeError, 2), (KeyboardInterrupt, 2)):  # what no setting is to blame for can be resumed
+        with pytest.raises(error), RunFolder(path) as folder:
+            folder.claim(CONFIG, "explain")
+            raise error
+        assert len(tree(path)) == kept
+    with pytest.raises(DataError), RunFolder(path) as folder:  # an older run is not this one's to take away
+        assert folder.claim(CONFIG, "explain") == "resume"
+        raise DataError("no images")
+    assert len(tree(path)) == 2
+    with pytest.raises(DataError), RunFolder(tmp_path / "b") as folder:
+        folder.claim(CONFIG, "explain")
+        folder.log({"step": 1})
+        raise DataError("no more images")
+    assert set(tree(tmp_path / "b")) == {"config.yaml", "environment.json", "metrics.jsonl"}
+
+
 def test_an_empty_folder_and_leftovers_of_a_killed_start_are_new(tmp_path):
     (tmp_path / ".config.yaml.a1b2c3d4.part").write_text("half")
     folder, state = claimed(tmp_path)

@@ -120,6 +120,16 @@ def test_forgetting_is_measured_on_the_general_set(as_npz, tmp_path):
     assert back["forgot"] is False and "B did not forget, it even improved: +" in back["verdict"]
 
 
+def test_a_general_set_that_is_too_small_loses_nothing_else(as_npz, tmp_path, capsys):
+    given = {**QUIET, "general": str(as_npz / "digits.npz"), "general_images": 30, "view_images": 40, "shots": 0}
+    good = tiny()
+    good.passport.base["kind"] = "file"  # as if it had learnt something
+    found = vitkit.compare(good, tiny(1), data=as_npz / "plain.npz", out=tmp_path / "c", **{**given, "quiet": False})
+    assert found["forgot"] is None and found["rows"]
+    assert "note: forgetting could not be asked: digits" in capsys.readouterr().err
+    assert "forgetting could not be asked" in (tmp_path / "c" / "compare.html").read_text()
+
+
 def test_features_are_cached(as_npz, tmp_path, monkeypatch):
     given = {**QUIET, "data": as_npz / "plain.npz", "out": tmp_path / "c", "view_images": 40}
     first = vitkit.compare(tiny(0), tiny(1), **given)

@@ -208,6 +208,17 @@ def test_a_model_trained_on_other_splits_of_the_data_is_cautioned(data):
     assert text.startswith("adapt.full trained this model on other splits")
 
 
+def test_groups_in_several_splits_are_cautioned(tmp_path, capsys):
+    content = dict(np.load(blobs(tmp_path / "a.npz", groups=True)))
+    content["group"][:] = "p"
+    np.savez(tmp_path / "b.npz", **content)
+    given = {**MODEL, "quiet": False, "data": str(tmp_path / "b.npz"), "out": str(tmp_path / "o")}
+    vitkit.evaluate(**given, protocols="knn")
+    said = json.loads((tmp_path / "o" / "results.json").read_text())["cautions"]
+    assert "1 group (patient, slide) is in several splits, e.g. p in train" in said[0]
+    assert "caution: 1 group" in capsys.readouterr().err
+
+
 def test_nothing_to_score_is_said(tmp_path):
     with pytest.raises(DataError, match="no labelled test or validation images to score"):
         spec = blobs(tmp_path / "b.npz", without=("val", "test"))

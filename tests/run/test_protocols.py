@@ -277,6 +277,26 @@ def test_training_settings_are_checked_before_anything_runs(data, tmp_path, trai
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocols": "few_shot", "draws": 0}, r"draws is 0\n  fix: at least 1"),
+        ({"protocols": "linear_grid", "grid_rates": (-1.0,)}, r"rates \(-1\.0,\) must be positive"),
+        ({"protocols": "knn", "k": 0}, r"k is 0"),
+    ],
+)
+def test_settings_of_heads_are_checked_before_features_are_computed(data, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        vitkit.evaluate(**MODEL, data=data, out=str(tmp_path / "e"), **settings)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("labels", [0, -1])
+def test_no_label_a_class_is_refused(data, labels):
+    with pytest.raises(ConfigError, match=f"labels_per_class is {labels}\n  fix: at least 1 image a class"):
+        vitkit.evaluate(**MODEL, data=data, labels_per_class=labels)
+
+
 def uneven(path: Path, split: str) -> str:
     """Blobs of which one split shows class 0 only."""
     content = dict(np.load(blobs(path)))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vitkit
 from vitkit.data import read
-from vitkit.errors import ConfigError, DataError
+from vitkit.errors import ConfigError, DataError, WeightsError
 from vitkit.evaluate import feature_maps, masks
 from vitkit.run import protocols
 from vitkit.run.protocols_masks import overlay
@@ -135,6 +136,15 @@ def test_a_decoder_that_finds_nothing_says_so(spec, monkeypatch):
     assert entry["iou"] == 0 and "it predicts background alone: more --mask_epochs" in entry["note"]
 
 
+def test_a_model_whose_maps_are_not_finite_is_refused(spec, tmp_path):
+    images, vit = read(spec, say=None), vitkit.load(**load_settings(), say=None).vit
+    with torch.no_grad():
+        vit.patch_embed.proj.weight.fill_(float("nan"))
+    with pytest.raises(WeightsError, match=r"feature maps that are not finite or too large(.|\n)*00\.png"):
+        feature_maps.cache(vit, images, np.arange(4), 5, (SIZE, SIZE), folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mask_of_another_shape_is_named(tmp_path):
     with pytest.raises(
         DataError, match=r"20\.png is \(24, 24\), its mask \(21, 24\)\n  fix: a mask has the size of its image"
@@ -155,12 +165,40 @@ def test_a_mask_of_another_shape_is_named(tmp_path):
             ConfigError,
             r"segment_unet reads 5 blocks of a ViT with 2",
         ),
+        ({"labels_per_class": 3}, ConfigError, r"labels_per_class is 3, and images with masks have no class"),
         ({"mask_rates": (0.0,)}, ConfigError, r"rates \(0.0,\) must be positive"),
     ],
 )
 def test_what_does_not_fit_is_said(spec, settings, error, message):
     with pytest.raises(error, match=message):
         vitkit.evaluate(**{**MODEL, **QUICK, **settings}, data=spec)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (range(16), r"all 16 train masks show background \(class 0\) only, nothing to learn from"),
+        (range(22, 30), r"all 8 test masks show background \(class 0\) only, nothing to score by"),
+    ],
+)
+def test_masks_without_an_object_are_refused(tmp_path, rows, message):
+    data = discs(tmp_path)
+    empty(tmp_path, rows)
+    with pytest.raises(DataError, match=message):
+        vitkit.evaluate(**MODEL, **QUICK, data=data, protocols="segment_linear")
+
+
+def test_validation_masks_without_an_object_choose_nothing(tmp_path):
+    data = discs(tmp_path)
+    empty(tmp_path, range(16, 22))
+    found = vitkit.evaluate(**MODEL, **QUICK, data=data, protocols="segment_linear", out=str(tmp_path / "out"))
+    assert found["segment_linear"]["picked_on"] == protocols.STAND_IN
+    assert "6 validation masks show background only" in results(tmp_path / "out")["cautions"][0]
+
+
+def empty(folder: Path, rows: range) -> None:
+    for i in rows:
+        Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(folder / f"masks/{i:02d}.png")
 
 
 def test_slices_of_a_volume_are_drawn_whole(tmp_path):

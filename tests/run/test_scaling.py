@@ -189,6 +189,8 @@ def test_masks(models, tmp_path):
     small, large = (c["value"] for c in found["cells"])
     assert large > small and found["trends"][0]["gain"] == pytest.approx(large - small)
     assert vitkit.scaling(sizes=(16, 32), **given, **QUIET)["cells"] == found["cells"]
+    with pytest.raises(ConfigError, match="labels_per_class is 2, and images with masks have no class to draw by"):
+        vitkit.scaling(sizes=16, labels_per_class=2, **{**given, "out": tmp_path / "t"}, **QUIET)
 
 
 def test_volumes_are_scored_as_volumes(models, tmp_path):
@@ -308,6 +310,10 @@ def test_the_cheapest_good_enough_cell_and_equal_or_random_backbones():
     assert not any("Shown to be worse" in s for s in found.sentences)
     few = scaling_found.find(fake({("a", 96): 0.5, ("a", 224): 0.55}, {"a": 5}, n=30))
     assert "cannot be told from 30 test images" in " ".join(few.sentences)
+    first = " ".join(scaling_found.find(fake({("a", 96): 0.9, ("a", 224): 0.5}, {"a": 5})).sentences)
+    assert "; no setting is cheaper." in first and "every cheaper setting" not in first
+    last = " ".join(scaling_found.find(fake({("a", 96): 0.5, ("a", 224): 0.9}, {"a": 5})).sentences)
+    assert "; every cheaper setting is shown to be worse." in last
     equal = scaling_found.find(fake({("a", 96): 0.5, ("b", 96): 0.9}, {"a": 5, "b": 5}))
     assert "about as many parameters" in " ".join(equal.sentences)
     assert len(equal.steps) == 1 and not equal.steps[0].larger

@@ -182,6 +182,39 @@ def test_only_what_changed_is_computed_again(tmp_path, computed):
     assert vitkit.embed(**SHARDS, data=data, out=out).read().names[-1] == "b/32.png"
 
 
+def test_files_left_out_are_tried_again(tmp_path, computed, monkeypatch):
+    from vitkit.data.stores import FileStore
+
+    data, out, real = folder_of(tmp_path / "data"), tmp_path / "out", FileStore.array
+
+    def away(self, row):
+        if self.paths[row].endswith("09.png"):
+            raise DataError(f"{self.paths[row]}: cannot be read (Permission denied)")
+        return real(self, row)
+
+    monkeypatch.setattr(FileStore, "array", away)
+    assert vitkit.embed(**SHARDS, data=data, out=out).rows == 29
+    computed.clear()
+    assert vitkit.embed(**SHARDS, data=data, out=out).rows == 29 and computed == []
+    monkeypatch.setattr(FileStore, "array", real)
+    assert vitkit.embed(**SHARDS, data=data, out=out).rows == 30 and computed == [1]
+
+
+def test_only_shards_are_cleared_away(tmp_path):
+    data, out = folder_of(tmp_path / "data"), tmp_path / "out"
+    (out / "features" / "mine").mkdir(parents=True)
+    (out / "features" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds files but no vitkit run"):
+        vitkit.embed(**SHARDS, data=data, out=out)
+    vitkit.embed(**SHARDS, data=data, out=tmp_path / "b")
+    (tmp_path / "b" / "features" / "mine").mkdir()
+    for name in ("notes.txt", "part-00000.parquet", ".part-00001.parquet.x.part"):
+        (tmp_path / "b" / "features" / name).write_text("x")
+    vitkit.embed(**SHARDS, data=data, out=tmp_path / "b")
+    left = {one.name for one in (tmp_path / "b" / "features").iterdir()} - {f"part-{k:05}.parquet" for k in range(4)}
+    assert left == {"mine", "notes.txt"}
+
+
 def test_an_archive_that_grew_computes_its_end_only(tmp_path, computed):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()

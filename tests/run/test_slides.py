@@ -137,6 +137,32 @@ def test_slides_without_resolution_or_tissue_are_listed_and_all_of_them_stop_the
     assert vitkit.slides.embed(model=vit, data=only, out=tmp_path / "h", slide_mpp=0.5, quiet=True).done == ["x"]
 
 
+def test_what_an_earlier_run_wrote_of_a_slide_that_cannot_be_used_now_is_removed(tmp_path, drawn, vit):
+    out = tmp_path / "f"
+    tiled_tiff(drawn / "c.svs", [tissue(200, 150, (50, 50, 110, 90), seed=1)], mpp=0.5)
+    assert len(vitkit.slides.embed(model=vit, data=drawn, out=out, min_tissue=0.2, quiet=True).done) == 3
+    found = vitkit.slides.embed(model=vit, data=drawn, out=out, min_tissue=0.95, replace=True, quiet=True)
+    assert set(found.bad) == {"c"} and not (out / "c.safetensors").exists()
+    assert read_bags(out).names == ["a", "b"]  # of one tiling
+
+
+def test_a_dicom_slide_is_known_by_its_ending_in_any_case(tmp_path, vit):
+    from vitkit.data.slide import dicom_slide, find_slides, open_slide
+
+    (tmp_path / "s" / "one").mkdir(parents=True)
+    (tmp_path / "s" / "one" / "A.DCM").write_bytes(b"")
+    assert [path.name for path in find_slides(tmp_path / "s")] == ["one"]
+    assert [path.name for path in dicom_slide(tmp_path / "s" / "one")] == ["A.DCM"]
+    with pytest.raises(DataError, match=r"A\.DCM: cannot be read as a slide"):
+        open_slide(tmp_path / "s" / "one")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_no_tiles_at_once_is_refused(tmp_path, drawn, vit, batch_size):
+    with pytest.raises(ConfigError, match=f"batch_size is {batch_size}\n  fix: at least 1 tile"):
+        vitkit.slides.embed(model=vit, data=drawn, out=tmp_path / "f", batch_size=batch_size, quiet=True)
+
+
 def test_folders_of_tiles_are_put_together_where_names_say_their_places(tmp_path, vit):
     from PIL import Image
 
@@ -224,6 +250,30 @@ def test_nested_chooses_inside_and_an_external_cohort_is_scored_once(home):
     again = evaluate(home, **{**outside, "out": "t"})["arms"][0]
     assert again["chosen"] == found["arms"][0]["chosen"]  # nothing is chosen on it
     assert again["scores"]["e1"]["value"] == pytest.approx(1 - scores["e1"]["value"])
+
+
+def test_encoders_whose_names_differ_by_a_sign_keep_their_own_heads(home):
+    features(home / "vit-s").to_csv(home / "labels.csv", index=False)
+    features(home / "vit_s", seed=3, weak=True)
+    found = evaluate(home, features=[str(home / "vit-s"), str(home / "vit_s")], heads="max")
+    good, weak = found["arms"]
+    assert good["file"] == "heads/vit_s_max-1.safetensors" and weak["file"] == "heads/vit_s_max-2.safetensors"
+    assert good["scores"] != weak["scores"] and len(list((home / "r" / "heads").glob("*.npz"))) == 2
+
+
+def test_a_finished_page_is_drawn_again_for_another_number_of_heatmaps(home):
+    first = evaluate(home, heads="abmil", heatmaps=2)
+    heads = (home / "r" / "heads" / "abmil.safetensors").stat().st_mtime_ns
+    again = evaluate(home, heads="abmil", heatmaps=0)
+    assert first["verdict"] == again["verdict"] and "data:image/jpeg" not in (home / "r" / "report.html").read_text()
+    assert (home / "r" / "heads" / "abmil.safetensors").stat().st_mtime_ns == heads
+    assert (home / "r" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_fewer_than_one_tile_a_slide_is_refused(home, count):
+    with pytest.raises(ConfigError, match=f"max_tiles is {count}\n  fix: at least 1 tile of each slide"):
+        evaluate(home, max_tiles=count)
 
 
 def test_two_encoders_are_compared_on_the_same_slides_and_folds(home):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vitkit.errors import ConfigError
 from vitkit.parts.adaptation import Adaptation
 from vitkit.parts.blocks import Steps, extend
-from vitkit.settings import Classify, Task
+from vitkit.settings import Classify, Task, check_choices
 
 RECIPE = {
     "epochs": 100,  # main_image.py defaults; the README command leaves them
@@ -62,6 +62,7 @@ class Settings:
     """blocks that get an adapter; the paper finds the later half better than the first"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.bottleneck < 1:
             raise ConfigError(f"bottleneck is {self.bottleneck}", fix="a positive width, e.g. 64")
 

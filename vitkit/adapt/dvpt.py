@@ -40,7 +40,7 @@ from vitkit.parts.adaptation import Adaptation
 from vitkit.parts.blocks import Steps, add_prefix_tokens, extend, mix_into
 from vitkit.parts.bottleneck import Bottleneck
 from vitkit.parts.schedules import warmup_cosine
-from vitkit.settings import Classify, Task
+from vitkit.settings import Classify, Task, check_choices
 
 RECIPE = {
     "epochs": 60,  # DVPT_vit_train.py
@@ -74,6 +74,7 @@ class Settings:
     """deviation of new prompts; auto = 1 in front of a norm (CLIP; the official value), else that of the ViT's tokens"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, fix in (("prompts", "50"), ("bottleneck", "20"), ("share_every", "3")):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix=f"at least 1, e.g. {fix}")

@@ -77,7 +77,11 @@ def trains(name: str) -> bool:
 def load_official(vit: nn.Module, extras: dict[str, Tensor]) -> None:
     """Take prompts (`embeddings.i`) of a checkpoint in the layout of AdaptFormer's VPT baseline."""
     for index, block in enumerate(vit.blocks):
-        value = extras[f"embeddings.{index}"]
+        value = extras.get(f"embeddings.{index}")
+        if value is None:
+            raise ConfigError(
+                f"the checkpoint has no embeddings.{index}", fix="prompts and trunk of one VPT checkpoint"
+            )
         if value.shape != block.prompts.shape:
             raise ConfigError(f"embeddings.{index} is {tuple(value.shape)}", fix=f"prompts={value.shape[1]}")
         with torch.no_grad():

@@ -68,7 +68,7 @@ def white_box(name: str, vit: nn.Module, pixels: Tensor, labels: Tensor, setting
     with frozen([vit]), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         attack = kind(InPixels(vit), eps=settings.eps, alpha=step, steps=settings.steps)
-        return attack(pixels, labels.to(device)).detach()
+        return attack(pixels, labels.to(device, copy=True)).detach()
 
 
 class InPixels(nn.Module):

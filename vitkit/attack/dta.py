@@ -35,6 +35,7 @@ from vitkit.attack.encoder import normaliser
 from vitkit.attack.pgd import Cost, Crafted, check_pixels, frozen, sign_descent, sign_noise, tanh_descent
 from vitkit.errors import ConfigError
 from vitkit.parts.jpeg import jpeg
+from vitkit.settings import check_choices
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class Settings:
     """quality of a differentiable JPEG between attack and encoder, so that examples survive saving; 0 = none"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer, str) and self.layer not in ("auto", "output"):
+            raise ConfigError(f"layer is {self.layer!r}", fix="a block such as 8, several such as 7,8, auto or output")
+        check_choices(self)
         if not 0 <= self.eps <= 1:
-            hint = f"{self.eps:g}/255" if 1 < self.eps <= 255 else "8/255"
+            hint = f"{self.eps:g}/255" if 1 < self.eps <= 255 and self.eps == int(self.eps) else "8/255"
             raise ConfigError(f"eps is {self.eps:g}, and pixels are in [0, 1]", fix=f"a share of it, e.g. {hint}")
         for name in ("steps", "exploit", "calibration"):
             if getattr(self, name) < 1:
@@ -75,8 +79,6 @@ class Settings:
             raise ConfigError(f"step_size is {self.step_size:g}", fix="a positive number, or auto")
         if not 0 <= self.jpeg <= 100:
             raise ConfigError(f"jpeg is {self.jpeg}", fix="a quality of 1 to 100, e.g. 75, or 0 for none")
-        if isinstance(self.layer, str) and self.layer not in ("auto", "output"):
-            raise ConfigError(f"layer is {self.layer!r}", fix="a block such as 8, several such as 7,8, auto or output")
 
     @property
     def step(self) -> float:
@@ -194,7 +196,7 @@ def craft(
     pixels = check_pixels(pixels)
     if attack.layers is None:
         attack.search(pixels)
-    seeds = torch.arange(len(pixels)) if seeds is None else seeds
+    seeds = torch.arange(len(pixels)) if seeds is None else torch.as_tensor(seeds)
     pairs = zip(pixels.split(batch_size), seeds.split(batch_size), strict=True)
     return torch.cat([attack(part, own) for part, own in pairs])
 
@@ -213,7 +215,8 @@ def features(
     vit: nn.Module, images: Tensor, layers: Sequence[int] | Literal["output"], which: str = "all"
 ) -> list[Tensor]:
     """Tokens (B, T, D) of normalised `images` after each of `layers` (ascending block numbers), before the final norm;
-    no block beyond the last of them runs. "output": after all blocks and the final norm."""
+    no block beyond the last of them runs. "output": after all blocks and the final norm. Half precision comes as float32:
+    costs are made of them."""
     stream, start, found = tokens.embed(vit, images), 0, []
     for block in (len(vit.blocks) - 1,) if layers == "output" else layers:
         stream, start = tokens.run(vit, stream, start, block + 1), block + 1
@@ -225,7 +228,7 @@ def features(
         if not chosen.shape[1]:
             raise ConfigError("tokens is prefix, and this ViT has no class token or registers", fix="tokens=all")
         found.append(chosen)
-    return found
+    return [one.float() if one.dtype in (torch.float16, torch.bfloat16) else one for one in found]
 
 
 def _search(

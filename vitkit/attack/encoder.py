@@ -96,8 +96,10 @@ def require_same_view(encoder: Preprocess, model: Preprocess, name: str, *, stri
 
 
 def normaliser(vit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Pixels in [0, 1] to what `vit` takes, by its passport, else by the mean and std that timm notes on the model."""
-    return preprocess_of(vit).normalise
+    """Pixels in [0, 1] to what `vit` takes, in its precision: by its passport, else by the mean and std that timm notes on
+    the model."""
+    normalise = preprocess_of(vit).normalise
+    return lambda pixels: normalise(pixels).to(next(vit.parameters()).dtype)
 
 
 def preprocess_of(vit: nn.Module) -> Preprocess:

@@ -30,7 +30,7 @@ from vitkit import tokens
 from vitkit.errors import ConfigError
 from vitkit.parts.adaptation import Adaptation
 from vitkit.parts.heads import class_loss, install_head, set_pooling, soft_cross_entropy
-from vitkit.settings import Classify, Task
+from vitkit.settings import Classify, Task, check_choices
 
 RECIPE = {
     "epochs": 10,  # this project's: a fine-tuned model goes on for a few epochs, below its own learning rate
@@ -63,8 +63,9 @@ class Settings:
     """public trunk that the attacker has; by default the base that the model was fine-tuned from"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.eps <= 1:
-            hint = f"{self.eps:g}/255" if 1 < self.eps <= 255 else "8/255"
+            hint = f"{self.eps:g}/255" if 1 < self.eps <= 255 and self.eps == int(self.eps) else "8/255"
             raise ConfigError(f"eps is {self.eps:g}, and pixels are in [0, 1]", fix=f"a share of it, e.g. {hint}")
         if self.steps < 1 or self.calibration < 1:
             raise ConfigError(f"steps is {self.steps}, calibration {self.calibration}", fix="1 or more")

@@ -135,7 +135,8 @@ def gradient_of(cost: Cost, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
-    """`models` in eval mode and without parameter gradients, and afterwards as they were."""
+    """`models` in eval mode and without parameter gradients, and afterwards as they were. Gradients of pixels can be taken
+    inside, under `torch.inference_mode`, too."""
     training = [(module, module.training) for model in models for module in model.modules()]
     learning = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     for module, _ in training:
@@ -143,7 +144,8 @@ def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, was in training:
             module.training = was

@@ -69,7 +69,7 @@ def decode(
         )
     stored = stored_pixels(ds, shape, name, frame)
     if shape.bits_stored != 8:
-        stored = np.rint(stored * (255.0 / ((1 << shape.bits_stored) - 1)))
+        stored = np.rint(stored * (255.0 / ((1 << shape.bits_stored) - 1))).clip(0, 255)
     return np.ascontiguousarray(stored, dtype=np.uint8), facts
 
 
@@ -150,7 +150,7 @@ def stored_pixels(ds: Any, shape: Layout, name: str, frame: int = 0) -> np.ndarr
     if array.dtype.kind == "f":
         return array
     array = array.astype(np.int64)
-    return _cut_bits(array, shape) if plain and not colour else array
+    return _cut_bits(array, shape) if plain and (not colour or shape.photometric == "RGB") else array
 
 
 def _decoder(syntax: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from .dicom_tags import SUFFIXES, Header, get, header, is_dicom, layout, number,
 from .found import count, some
 
 _GAP = 1.5  # a step this many times the usual one is a gap
+_SHIFT = 0.01  # mm sideways a mm along the normal: less is rounding of the positions
 _UNEVEN = 0.05  # steps that differ by more than this share of the usual one are uneven
 
 
@@ -188,15 +189,26 @@ def thickness(path: str) -> float:
 
 
 def affine(found: Stack) -> np.ndarray:
-    """(4, 4): indices (slice, row, column) -> mm towards right, anterior, superior, as in NIfTI."""
+    """(4, 4): indices (slice, row, column) -> mm towards right, anterior, superior, as in NIfTI. Slices that are shifted
+    against each other (a tilted gantry) give a sheared one."""
     first = found.slices[0]
     rows, columns = first.spacing if len(first.spacing) == 2 else (1.0, 1.0)
     along = np.array(first.orientation if len(first.orientation) == 6 else (1, 0, 0, 0, 1, 0), float)
     row, column = along[:3], along[3:]  # directions in which the column index and the row index grow
     step = found.step or thickness(first.path)
     matrix = np.eye(4)
-    matrix[:3, 0] = np.cross(row, column) * step
+    matrix[:3, 0] = _stacking(found, np.cross(row, column)) * step
     matrix[:3, 1], matrix[:3, 2] = column * rows, row * columns
     matrix[:3, 3] = first.position if len(first.position) == 3 else (0, 0, 0)
     matrix[:2] *= -1  # DICOM counts towards left and posterior
     return matrix
+
+
+def _stacking(found: Stack, normal: np.ndarray) -> np.ndarray:
+    """(3,) where the next slice lies, for one mm along the normal: the normal itself, unless slices are shifted sideways."""
+    first, last = found.slices[0], found.slices[-1]
+    height = found.places[-1] - found.places[0]
+    if {len(one.position) for one in (first, last)} != {3} or len(first.orientation) != 6 or height <= 0:
+        return normal
+    along = (np.array(last.position) - np.array(first.position)) / height
+    return along if np.abs(along - normal).max() > _SHIFT else normal

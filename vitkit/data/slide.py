@@ -121,13 +121,18 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     if not path.exists():
         raise DataError(f"{path}: there is no such slide", fix="check the path")
     if path.is_dir():
-        found = sorted(path.glob("*.dcm"))
+        found = dicom_slide(path)
         if not found:
             raise DataError(f"{path}: a folder without DICOM files", fix="a slide file, or a folder of one DICOM slide")
         path = found[0]
     slide = _picture(path) if path.suffix.lower() in PICTURES else _openslide(path)
     slide.mpp = slide.mpp or mpp
     return slide
+
+
+def dicom_slide(folder: Path) -> list[Path]:
+    """The DICOM files of a folder, which make one slide; [] where it holds none."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() == ".dcm")
 
 
 def _picture(path: Path) -> Slide:

@@ -260,13 +260,14 @@ def _groups(found: Found, rows: _Rows, file: np.ndarray, units: list[str]) -> No
     owners: list[tuple[str, str]] = []
     patients: dict[int, str] = {}
     words: Counter[str] = Counter()
+    of_study = {one.study: one.patient for one in rows.headers.values() if one.study and one.patient}
     for row, (k, unit) in enumerate(zip(file.tolist(), units, strict=True)):
         one = rows.headers.get(k)
-        patients[row] = one.patient if one else ""
+        patients[row] = (one.patient or of_study.get(one.study, "")) if one else ""  # a study is of one patient
         owner = ("", f"(alone {row})")
         subject = _BIDS.search(found.names[row])
-        if one and one.patient:
-            owner = ("patient", one.patient)
+        if patients[row]:
+            owner = ("patient", patients[row])
         elif one and one.study:
             owner = ("study", one.study)
         elif subject:
@@ -327,8 +328,10 @@ def _masks(found: Found, origin: np.ndarray, file: np.ndarray, store: ScanStore)
     files: dict[str, int] = {}
     index = np.array([files.setdefault(found.masks.store.paths[row], len(files)) for row in at.tolist()], np.int64)
     kinds: list[Kind] = [kind(path) or "picture" for path in files]
-    for path, k in files.items():
-        of = int(file[np.flatnonzero(index == k)[0]])
+    paths = list(files)
+    pairs = dict.fromkeys(zip(index.tolist(), file.tolist(), strict=True))  # a mask may be named for several files
+    for k, of in pairs:
+        path = paths[k]
         if kinds[k] == "dicom":
             raise DataError(f"{path}: DICOM masks are not read", fix="save masks as PNG, or as NIfTI for volumes")
         if (kinds[k] == "nifti") != (store.kinds[of] == "nifti"):
@@ -338,6 +341,6 @@ def _masks(found: Found, origin: np.ndarray, file: np.ndarray, store: ScanStore)
         if kinds[k] == "nifti" and of in store.grids:
             require_same_grid(store.grids[of], nifti_grid(path, PLANES[store.how.plane]))
     masks = ScanStore(
-        list(files), kinds, index, store.frame, store.volume, store.place, How(plane=store.how.plane), labels=True
+        paths, kinds, index, store.frame, store.volume, store.place, How(plane=store.how.plane), labels=True
     )
     return replace(found.masks, store=masks)

@@ -81,7 +81,9 @@ def brightness(
     """Modality values -> float64 in [0, 1]. `keep` (bool) marks the pixels that percentiles look at (no padding)."""
     if window is not None:
         return window_linear(values, *window, "LINEAR_EXACT")
-    table = _table(ds, "VOILUTSequence", signed=values.min() < 0)
+    table = None
+    if get(ds, "VOILUTSequence"):  # its first value is signed where the modality step can give negative ones
+        table = _table(ds, "VOILUTSequence", signed=bool(modality(np.array(_range(shape)), ds, frame).min() < 0))
     if table is not None:
         return table.look_up(np.rint(values)).astype(np.float64) / table.top
     found = file_window(ds, frame)

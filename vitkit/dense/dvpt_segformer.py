@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from vitkit.errors import ConfigError, WeightsError
 from vitkit.parts.bottleneck import Bottleneck
+from vitkit.settings import check_choices
 
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
@@ -90,6 +91,7 @@ class Settings:
     """train the trunk as well, as one must without released weights"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("prompts", "bottleneck", "share_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="at least 1")

@@ -69,16 +69,17 @@ def fit_masks(
         found = score(model, images.part("val"), size, machine.batch_size)
         return found["dice"], {f"val_{key}": value for key, value in found.items()}
 
-    fit(
-        method,
-        batches,
-        train=schedule,
-        machine=machine,
-        fabric=fabric,
-        steps_per_epoch=order.batches,
-        prepare=lambda pixels: normalise(pixels.to(fabric.device)),
-        validate=validate if len(images.part("val")) else None,
-    )
+    with torch.random.fork_rng():  # a caller's own random numbers stay as they were
+        fit(
+            method,
+            batches,
+            train=schedule,
+            machine=machine,
+            fabric=fabric,
+            steps_per_epoch=order.batches,
+            prepare=lambda pixels: normalise(pixels.to(fabric.device)),
+            validate=validate if len(images.part("val")) else None,
+        )
     method.eval()
     found: dict[str, float] = {}
     for split in ("val", "test"):

@@ -26,6 +26,7 @@ from vitkit import tokens
 from vitkit.dense.decoders import VolumeDecoder
 from vitkit.dense.losses import dice_ce_loss
 from vitkit.errors import ConfigError, DataError
+from vitkit.explain.shared import evaluating
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,14 @@ def volume_maps(
             f"a volume is {volume.dtype} of shape {volume.shape}",
             fix="uint8 (S, H, W), e.g. vitkit.data.volume.to_uint8",
         )
-    tokens.require_vit(vit)
     side = [size, size] if isinstance(size, int) else list(size)
-    channels, device = vit.passport.preprocess.in_chans, next(vit.parameters()).device
-    was = vit.training
     found = []
-    try:
-        vit.eval()
+    with evaluating(vit):
+        channels, device = vit.passport.preprocess.in_chans, next(vit.parameters()).device
         for part in torch.from_numpy(np.ascontiguousarray(volume)).split(batch_size):
             pixels = F.resize(part[:, None], side, interpolation=InterpolationMode.BICUBIC, antialias=True)
             x = vit.passport.preprocess.normalise(pixels.expand(-1, channels, -1, -1).to(device))
             found.append(torch.stack(tokens.maps(vit, x, layers=levels)).half().cpu())
-    finally:
-        vit.train(was)
     return torch.cat(found, 1)
 
 

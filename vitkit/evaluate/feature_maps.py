@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from vitkit import tokens
 from vitkit.data.images import Images
 from vitkit.data.transforms import to_channels
-from vitkit.errors import ConfigError, DataError
+from vitkit.errors import ConfigError, DataError, WeightsError
 from vitkit.evaluate.features import cache_key
 from vitkit.evaluate.masks import UNKNOWN
 from vitkit.evaluate.rescale import min_max
@@ -129,8 +129,14 @@ def _computed(vit, images, rows, needs, size, rescale, mirrored, batch_size, pro
             pixels = torch.stack([picture(vit, images, int(row), size) for row in some])
             with torch.inference_mode():
                 x = prepared(vit, pixels.flip(-1) if mirrored else pixels, rescale)
-                maps = torch.stack(tokens.maps(vit, x, layers=needs), 1).half().cpu().numpy()
-            yield maps
+                maps = torch.stack(tokens.maps(vit, x, layers=needs), 1).half()
+            if not torch.isfinite(maps).all():
+                raise WeightsError(
+                    f"the model gives feature maps that are not finite or too large for float16, in the batch of "
+                    f"{len(some)} images that begins with {images.path(int(some[0]))}",
+                    fix="check the weights; a model whose features pass 65,504 needs a final norm",
+                )
+            yield maps.cpu().numpy()
             if progress is not None:
                 progress(start + len(some), len(rows))
     finally:

@@ -39,6 +39,7 @@ from vitkit.errors import ConfigError
 from vitkit.explain.shared import evaluating, has_head
 from vitkit.parts.attention import project
 from vitkit.parts.blocks import Steps
+from vitkit.settings import check_choices
 
 CHUNK = 1 << 22  # attention weights evaluated at once (16 MiB): they stay in the processor's cache
 
@@ -59,6 +60,7 @@ class Settings:
     """lowest share of each block's weights to patches that rollout sets to 0 (paper: none)"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.discard < 1:
             raise ConfigError(f"discard is {self.discard:g}", fix="a share from 0 to below 1, e.g. 0.9")
 

@@ -194,7 +194,10 @@ def require_class_prompts(vit: nn.Module) -> Any:
 def checked_target(vit: nn.Module, images: Tensor, target: Target) -> Tensor:
     """`target` as (B,) int64 on the device of `images`; every class must exist."""
     count = len(require_class_prompts(vit).class_prompts)
-    classes = torch.as_tensor(target, device=images.device).long()
+    classes = torch.as_tensor(target, device=images.device)
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise ConfigError(f"classes of type {classes.dtype}", fix="whole class indices, int or int64")
+    classes = classes.long()
     if classes.ndim > 1 or (classes.ndim == 1 and len(classes) != len(images)):
         raise ConfigError(
             f"{tuple(classes.shape)} classes for {len(images)} images", fix="one for all, or one an image"

@@ -229,7 +229,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's correlation (B,) of maps (B, ...) image by image, ties sharing their mean rank; nan for constant maps."""
     from scipy.stats import rankdata
 
-    x, y = (rankdata(one.detach().flatten(1).cpu().numpy(), axis=1) for one in (a, b))
+    x, y = (rankdata(one.detach().flatten(1).cpu().double().numpy(), axis=1) for one in (a, b))
     x, y = (one - one.mean(1, keepdims=True) for one in (x, y))
     norms = np.sqrt((x * x).sum(1) * (y * y).sum(1))
     return torch.from_numpy(np.where(norms > 0, (x * y).sum(1) / np.where(norms > 0, norms, 1), np.nan))

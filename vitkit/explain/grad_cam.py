@@ -45,18 +45,28 @@ class Settings:
 def saliency(vit: nn.Module, images: Tensor, target: Tensor | None = None, settings: Settings = Settings()) -> Tensor:
     """Grad-CAM (B, *grid) of class `target` (B,), by default the predicted one; >= 0, not normalised."""
     require_head(vit)
-    with evaluating(vit) as vit:
+    with evaluating(vit) as vit, torch.inference_mode(False), _without_checkpoints(vit):
         layer = block_index(vit, settings.layer)
         with torch.no_grad():
             stream = tokens.run(vit, tokens.embed(vit, images), 0, layer)
         with torch.enable_grad(), _leaf(vit.blocks[layer]) as found:
             grid = stream.grid
             scores = vit.forward_head(tokens.finish(vit, tokens.run(vit, stream, layer)).all)
-            asked = targets_of(scores.detach(), target)
+            asked = targets_of(scores.detach(), target).clone()  # a caller's may be an inference tensor
             gradient = torch.autograd.grad(scores.gather(1, asked[:, None]).sum(), found[0])[0]
     activation, gradient = (_patches(part, grid) for part in (found[0].detach(), gradient))
     weights = gradient.mean(1, keepdim=True)  # (B, 1, D)
     return (activation * weights).sum(-1).relu().unflatten(-1, grid)
+
+
+@contextmanager
+def _without_checkpoints(vit: Any) -> Iterator[None]:
+    """While open, blocks run once: one that is run again for its gradient would not meet the leaf of the first time."""
+    again, vit.grad_checkpointing = vit.grad_checkpointing, False
+    try:
+        yield
+    finally:
+        vit.grad_checkpointing = again
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def otsu(values: Tensor) -> float:
     """The threshold that leaves the least variance within the two groups that it makes."""
     ordered = values.flatten().double().sort().values
     sums = ordered.cumsum(0)[:-1]
-    count = torch.arange(1, len(ordered), dtype=torch.float64)
+    count = torch.arange(1, len(ordered), dtype=torch.float64, device=ordered.device)
     rest = len(ordered) - count
     between = count * rest * (sums / count - (ordered.sum() - sums) / rest) ** 2
     at = int(between.argmax()) if len(between) else 0

@@ -39,7 +39,7 @@ from vitkit.errors import ConfigError, WeightsError
 from vitkit.explain.class_heads import class_attention, class_maps, rank_heads, saliency
 from vitkit.parts.adaptation import Adaptation
 from vitkit.parts.blocks import Steps, add_prefix_tokens, extend, join_keys, mix_into
-from vitkit.settings import Classify, Task
+from vitkit.settings import Classify, Task, check_choices
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer as ViTBase
@@ -76,6 +76,7 @@ class Settings:
     """trunk = the model's own mean and std; half = 0.5 for both, as the official code does for every trunk"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.prompts != "auto" and self.prompts < 1:
             raise ConfigError(f"prompts is {self.prompts}", fix="auto, or the number of classes")
         if not 0 <= self.prompt_dropout < 1:

@@ -160,6 +160,8 @@ def without_weights(source: Source, report: Report) -> Source:
 def _weight_file(path: Path) -> Path:
     if not path.is_dir():
         return path
+    if not (path / "model.safetensors").is_file():
+        require_model(path)
     found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) == 1:
         return found[0]
@@ -168,6 +170,25 @@ def _weight_file(path: Path) -> Path:
         return named[0]
     inside = f"{len(found)} weight files ({', '.join(p.name for p in found[:4])})" if found else "no weight file"
     raise WeightsError(f"{path} is no run folder (no passport.json) and holds {inside}", fix="name the weight file")
+
+
+def require_model(folder: Path) -> None:
+    """Raise WeightsError where `folder` is a run that holds no ViT: one that only measures or draws, or is not finished."""
+    from vitkit.run.folder import RunFolder
+
+    run = RunFolder(folder)
+    if not run.is_run():
+        return
+    if "." in run.kind:  # a method that trains
+        raise WeightsError(
+            f"the run {folder} has not saved its model yet",
+            fix="the command that began it resumes it (see its config.yaml)",
+        )
+    model = run.read_config().get("model")
+    raise WeightsError(
+        f"{folder} is a run of vitkit {run.kind}, and there is no ViT in it",
+        fix=f"the model that it was made from: {model}" if model else "a run of vitkit adapt or pretrain",
+    )
 
 
 def _said(path: Path, meta: Mapping[str, Any], arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Said:

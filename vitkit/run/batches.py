@@ -123,11 +123,13 @@ def labelled_parts(images: Images, inputs: Inputs, machine: Machine, say: Say) -
         )
     if images.task not in ("single", "multi") or images.labels is None:
         raise DataError(
-            f"{images.name}: no labels were found, and adapting needs them",
+            f"{images.name}: no labels were found, and this needs them",
             fix="class folders, or a CSV with path,label; vitkit pretrain mae needs none",
         )
     train, val, test = (_labelled(images.part(split)) for split in ("train", "val", "test"))
-    if inputs.labels_per_class:
+    if inputs.labels_per_class is not None:
+        if inputs.labels_per_class < 1:
+            raise ConfigError(f"labels_per_class is {inputs.labels_per_class}", fix="at least 1 image a class")
         train = train.few(inputs.labels_per_class, machine.seed)
         say(f"training on {len(train)} images: {inputs.labels_per_class} a class")
     if not len(train):

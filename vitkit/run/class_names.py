@@ -31,7 +31,9 @@ class ClassNames:
         return cls(list(numbers), numbers)
 
     def index(self, word: str) -> int | None:
-        """The class that `word` names, if there is one."""
+        """The class that `word` names, if there is one; a name spelled exactly goes before other spellings."""
+        if word in self.names:
+            return self.names.index(word)
         return self.others.get(word.strip().lower().replace("_", " "), self.others.get(word.strip().lower()))
 
     def find(self, words: Sequence[str]) -> list[int]:

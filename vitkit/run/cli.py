@@ -135,7 +135,7 @@ def _with_model(verb: str) -> Callable[[list[str]], int]:
 
 def flagged(verb: str, words: Sequence[str]) -> list[str]:
     """The first words of `vitkit explain MODEL DATA ...` with the flags that they stand for."""
-    from vitkit.run.verbs import ATTACK
+    from vitkit.run.verbs import ATTACK, not_a_method
 
     rest = list(words[1:] if verb == "attack" and words[:1] == [ATTACK] else words)
     names, flags = ["--model", "--data"], []
@@ -143,6 +143,10 @@ def flagged(verb: str, words: Sequence[str]) -> list[str]:
         if not names:
             raise ConfigError(f"vitkit {verb} takes 2 names, and '{rest[0]}' is one more", fix=SHAPE.format(verb))
         flags += [names.pop(0), rest.pop(0)]
+    given = [word.partition("=")[0] for word in rest]
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag in given:
+            raise not_a_method(verb, value, f"'{value}' is read as {flag}, which is given again")
     return [*flags, *rest]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +93,7 @@ def build(
         values = {**(read_yaml(file, valid, made) if file else {}), **{k: plain(v) for k, v in given.items()}}
         for key, value in values.items():  # "knn,linear" is as good as ("knn", "linear")
             if isinstance(value, str) and _is_tuple(hints[key]) and _needs_brackets(value, hints[key]):
-                values[key] = [one.strip() for one in value.split(",")]
+                values[key] = _parts(value)
         values = {key: _ratio(value, hints[key]) if key in hints else value for key, value in values.items()}
         namespace = _quietly(lambda: made.parse_object(values), hints)
     else:
@@ -313,10 +314,23 @@ def _brackets(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
         name, equal, value = word.partition("=") if word.startswith("--") else (pending, "", word)
         key = name.removeprefix("--")
         if (equal or not word.startswith("--")) and _is_tuple(hints.get(key)) and _needs_brackets(value, hints[key]):
-            value = f"[{value}]"
+            # Words are quoted, or YAML would make numbers and switches of classes called 3, 1e5, yes or no.
+            value = json.dumps(_parts(value), ensure_ascii=False) if _of_words(hints[key]) else f"[{value}]"
         pending = word if word.startswith("--") and not equal else ""
         out.append(f"{name}={value}" if equal else value if not word.startswith("--") else word)
     return out
+
+
+def _parts(value: str) -> list[str]:
+    """What stands between commas."""
+    return [part for one in value.split(",") if (part := one.strip())]
+
+
+def _of_words(hint: Any) -> bool:
+    """Whether a hint of several values is one of several words."""
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0] is str
+    return any(_of_words(one) for one in get_args(hint) if one is not Ellipsis)
 
 
 def _is_tuple(hint: Any) -> bool:

@@ -25,7 +25,7 @@ from vitkit.run.batches import Say, open_data, open_model, speaker
 from vitkit.run.class_names import ClassNames
 from vitkit.run.config import Config, main_line
 from vitkit.run.explain_figures import headline, summarise
-from vitkit.run.explain_maps import KINDS, Shown, Work, trait_panels
+from vitkit.run.explain_maps import FOR_A_CLASS, KINDS, Shown, Work, trait_panels
 from vitkit.run.files import atomic
 from vitkit.run.folder import RunFolder
 from vitkit.run.measure import FREE, device_of, short_name, write_results
@@ -64,6 +64,8 @@ def explain_job(config: Config) -> dict[str, Any]:
         names = ClassNames.of(vit, say)
         asked = names.find(own.classes or ())
         kinds = choose_kinds(vit, own.maps, say)
+        _check_blocks(vit, own)
+        _say_unused(own, kinds, say)
         folder.claim(config.values, "explain", free=FREE, command=_command())
         images, total = open_images(config.inputs, vit, say)
         shown, facts = choose(images, vit, own, names, machine.seed, say)
@@ -81,9 +83,29 @@ def _check(own: Any) -> None:
         raise ConfigError("out is empty, and vitkit explain writes its page", fix="--out explanations")
     if own.images < 1:
         raise ConfigError(f"images is {own.images}", fix="a positive number of pictures, e.g. 24")
+    if not own.maps:
+        raise ConfigError("maps names no map", fix=f"maps: {', '.join(KINDS)}, or auto")
     for kind in () if own.maps == "auto" else own.maps:
         if kind not in KINDS:
             raise ConfigError(f"there is no map '{kind}'", fix=f"maps: {', '.join(KINDS)}, or auto")
+
+
+def _check_blocks(vit: Any, own: Any) -> None:
+    """Raise ConfigError on a block or head that the model does not have, before any picture is looked at."""
+    block = vit.blocks[attention.block_index(vit, own.layer)]
+    heads = getattr(getattr(block, "attn", None), "num_heads", 0)  # 0: of a kind that has no map anyway
+    if own.head is not None and heads and not -heads <= own.head < heads:
+        raise ConfigError(f"head {own.head} does not exist", fix=f"the block has heads 0..{heads - 1}")
+
+
+def _say_unused(own: Any, kinds: list[str], say: Say) -> None:
+    """Settings that change nothing, as their kind of map is not drawn."""
+    asked = {"head": own.head is not None, "fusion": own.fusion != "mean", "discard": own.discard != 0}
+    for name, kind in {"head": "attention", "fusion": "rollout", "discard": "rollout"}.items():
+        if asked[name] and kind not in kinds:
+            say(f"{name} is for {KINDS[kind].lower()} maps, and none is drawn: it changes nothing")
+    if own.classes and not set(kinds) & set(FOR_A_CLASS):
+        say("classes are asked about by Grad-CAM and Prompt-CAM maps, and none is drawn: they change nothing")
 
 
 def _command() -> str:

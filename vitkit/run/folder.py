@@ -22,18 +22,19 @@ import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any, Literal
 
-from vitkit.errors import ConfigError, DataError, TrainingError, WeightsError
+from vitkit.errors import ConfigError, DataError, TrainingError, VitkitError, WeightsError
 from vitkit.run.environment import environment, vitkit_version
 from vitkit.run.files import atomic, atomic_write
 from vitkit.run.lock import Busy, Lock
 from vitkit.run.values import differing, flatten, not_storable, plain, shown
 
 _OWN_KEYS = ("vitkit", "verb", "method")  # describe the run in config.yaml; settings never have these names
+_SETTINGS = ("config.yaml", "environment.json")  # what a claim writes
 _LEFTOVER = re.compile(r"^\..+\.\w{8}\.part$")  # what `files.atomic` leaves when its process is killed
 
 
@@ -45,12 +46,17 @@ class RunFolder:
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._lock: Lock | None = None
         self._metrics: int | None = None  # open file descriptor
+        self._begun = False  # by this claim: no run was here before
+        self._made = False  # the folder itself, too
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, VitkitError):
+            self.abandon()
+        else:
+            self.release()
 
     # ---- claiming ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +77,7 @@ class RunFolder:
         self._acquire()
         try:
             state = self._state(asked, kind, free)  # again: another process may have come first
+            self._begun = state == "new"
             if state == "finished":
                 self.release()
                 return state
@@ -95,8 +102,24 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def abandon(self) -> None:
+        """Release the folder, and leave no trace of a run that this claim began and that was refused before it wrote more than
+        its settings: they would stand in the way of the corrected command."""
+        if self._lock is not None and self._begun:
+            if {one.name for one in self.path.iterdir()} <= {*_SETTINGS, ".lock"}:
+                for name in _SETTINGS:
+                    (self.path / name).unlink(missing_ok=True)
+            else:
+                self._made = False
+        made = self._lock is not None and self._made
+        self.release()
+        if made:
+            with suppress(OSError):  # something has come into it meanwhile
+                self.path.rmdir()
+
     def _acquire(self) -> None:
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.path / ".lock")
             dead = lock.acquire()

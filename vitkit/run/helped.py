@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitkit.errors import ConfigError
+from vitkit.errors import ConfigError, DataError
 from vitkit.run import config as configs
 from vitkit.settings import Inputs, Machine
 
@@ -109,7 +109,13 @@ def helped_job(a: Any, b: Any, config: configs.Config) -> dict[str, Any]:
             say(f"note: {text}")
         bench = Bench(sides, config.inputs, machine, device, cache, say, own.view_images, own.hflip)
         found = measure_two(bench, images, "your", full=True, shots=own.shots)
-        kept = None if general is None else measure_two(bench, general, "general", full=False, shots=0)
+        kept = None
+        if general is not None:
+            try:
+                kept = measure_two(bench, general, "general", full=False, shots=0)
+            except DataError as error:  # what was measured on the data themselves is not lost for that
+                said.append(f"forgetting could not be asked: {error.what}")
+                say(f"note: {said[-1]}")
     result = helped_page.write(page, sides, found, kept, said, config)
     say(f"report: {result['report']}")
     return result

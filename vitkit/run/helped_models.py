@@ -81,9 +81,9 @@ def open_sides(models: Sequence[Any], inputs: Inputs, seed: int, say: Callable[[
 
 def cautions(sides: Sequence[Side], images: Any) -> list[str]:
     """What differs in how the models see a picture, and which of them saw these images while training."""
-    from vitkit.run.measure import overlap_with_training
+    from vitkit.run.measure import overlap_with_training, straddling
 
-    found = []
+    found = straddling(images)
     first = sides[0].vit.passport.preprocess
     for side in sides[1:]:
         different = first.differences(side.vit.passport.preprocess)

@@ -173,6 +173,18 @@ def overlap_with_training(vit: Any, images: Images) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def straddling(images: Images) -> list[str]:
+    """A caution where groups (patients) lie in several of the splits that the data brought."""
+    from vitkit.data.splits import leaks
+
+    torn = leaks(images)
+    if not torn:
+        return []
+    group, parts = next(iter(torn.items()))
+    what = "group (patient, slide) is" if len(torn) == 1 else "groups (patients, slides) are"
+    return [f"{len(torn)} {what} in several splits, e.g. {group} in {' and '.join(parts)}: scores flatter the model"]
+
+
 def device_of(machine: Machine, verb: str) -> torch.device:
     """Where to compute. Measurements run in one process and in float32, so that they do not depend on the machine."""
     if machine.devices != 1:

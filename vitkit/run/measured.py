@@ -68,7 +68,8 @@ def verdict(measured: Measured) -> str:
     text = f"Best {what[0].lower()}{what[1:]} on {scored}: {WORDS[best.protocol]} {_value(best)}."
     if level:
         return f"{text} Not clearly behind it: {', '.join(level)}."
-    return f"{text} The other {len(rivals)} are behind by more than chance explains."
+    others = "The other is" if len(rivals) == 1 else f"The other {len(rivals)} are"
+    return f"{text} {others} behind by more than chance explains."
 
 
 def evaluation_report(measured: Measured, config: Config) -> Report:

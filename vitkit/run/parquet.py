@@ -136,7 +136,7 @@ def finish(out: Path, plan: Plan, shards: list[Shard], about: dict[str, Any]) ->
     shards = sorted(shards, key=lambda one: one.number)
     mine = {place(out, shard.number) for shard in shards}
     for file in (out / FOLDER).iterdir():
-        if file not in mine:
+        if file not in mine and file.name.startswith(("part-", ".part-")):  # of another plan, or of a killed writer
             file.unlink()
     manifest = {
         **about,

@@ -20,7 +20,7 @@ from vitkit.errors import ConfigError, DataError
 from vitkit.run.batches import Data, labelled_parts, open_model
 from vitkit.run.config import Config
 from vitkit.run.folder import RunFolder
-from vitkit.run.measure import FREE, feature_parts, overlap_with_training, run_protocol, scored_part
+from vitkit.run.measure import FREE, feature_parts, overlap_with_training, run_protocol, scored_part, straddling
 from vitkit.run.outcomes import Measured, Outcome, judge, labels_of, varies
 from vitkit.settings import FROZEN, SEGMENTING, TRAINED, Evaluate
 
@@ -41,6 +41,7 @@ def resolved(config: Config, images: Images) -> Config:
         names = tuple(dict.fromkeys(own.protocols))
     for name in names:
         _suits(name, own, images)
+    _heads(names, own)
     config = Config({**config.groups, "own": replace(own, protocols=names)}, {**config.values, "protocols": names})
     trained = [name for name in names if name in TRAINED]
     if trained or own.training:
@@ -71,6 +72,20 @@ def _suits(name: str, own: Evaluate, images: Images) -> None:
         raise ConfigError(f"{name} trains a model, and there is no out to write it to", fix="--out runs/protocols")
 
 
+def _heads(names: Sequence[str], own: Evaluate) -> None:
+    """ConfigError on wrong settings of heads and decoders, before features are computed."""
+    from vitkit.evaluate import few_shot, knn, linear_grid, segment
+
+    if {"knn", "mlknn"} & {*names}:
+        knn.Settings(k=own.k)
+    if "linear_grid" in names:
+        linear_grid.Settings(rates=own.grid_rates, epochs=own.grid_epochs)
+    if "few_shot" in names:
+        few_shot.Settings(own.shots, own.draws)
+    if {*SEGMENTING} & {*names}:
+        segment.Settings(rates=own.mask_rates, epochs=own.mask_epochs, loss=own.mask_loss)
+
+
 def free(config: Config) -> frozenset[str]:
     """Settings that may differ when a folder is written again. Trained protocols depend on batch and device."""
     trained = any(name in TRAINED for name in config.own.protocols)
@@ -97,7 +112,7 @@ def classify(config: Config, images: Images, device: torch.device, folder: RunFo
     part, split = scored_part(data)
     cautions = _one_class(data, part, split)
     vit: Any = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
-    cautions += overlap_with_training(vit, images)
+    cautions += straddling(images) + overlap_with_training(vit, images)
     for text in cautions:
         say(f"caution: {text}")
     names, frozen, speed = config.own.protocols, None, None

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vitkit.data.images import Images
 from vitkit.dense.decoders import DECODERS
-from vitkit.errors import DataError
+from vitkit.errors import ConfigError, DataError
 from vitkit.run.batches import open_model, speaker
 from vitkit.run.config import Config
 from vitkit.run.folder import RunFolder
-from vitkit.run.measure import Counter, overlap_with_training
+from vitkit.run.measure import Counter, overlap_with_training, straddling
 from vitkit.run.outcomes import Measured, Outcome
 from vitkit.run.progress import Progress
 from vitkit.run.protocols import STAND_IN, Say, at_edge, stand_in
@@ -37,6 +37,7 @@ def segment(config: Config, images: Images, device: torch.device, folder: RunFol
     """Every decoder on the same cached maps: rate by validation, IoU and Dice with intervals over images (groups whole)."""
     from vitkit.evaluate.feature_maps import highest_class, require_depth
 
+    refuse_few(config)
     images = _with_volumes(images)
     parts = {name: images.part(name) for name in ("train", "val", "test")}
     split = "test" if len(parts["test"]) else "val"
@@ -45,7 +46,7 @@ def segment(config: Config, images: Images, device: torch.device, folder: RunFol
         what = "training images" if not len(parts["train"]) else "test or validation images to score"
         raise DataError(f"{images.name}: no {what} with masks", fix="vitkit check --data ... shows the splits")
     vit: Any = open_model(config.inputs, seed=config.machine.seed, say=say).eval()
-    cautions = overlap_with_training(vit, images)
+    cautions = straddling(images) + overlap_with_training(vit, images)
     for text in cautions:
         say(f"caution: {text}")
     names = [name.removeprefix("segment_") for name in config.own.protocols]
@@ -61,6 +62,18 @@ def segment(config: Config, images: Images, device: torch.device, folder: RunFol
             f"{classes - 1}",
             fix="the same classes in every split, or a classes.txt that names them all",
         )
+    for one, what in (("train", "learn from"), (split, "score by")):
+        if not _shows_any(maps[one]):
+            raise DataError(
+                f"{images.name}: all {len(parts[one])} {one} masks show background (class 0) only, nothing to {what}",
+                fix="masks of objects too; vitkit check --data ... shows what the masks hold",
+            )
+    if split != "val" and "val" in maps and not _shows_any(maps["val"]):
+        cautions.append(
+            f"the {len(parts['val'])} validation masks show background only; choices are made on {STAND_IN}"
+        )
+        say(f"caution: {cautions[-1]}")
+        del maps["val"]
     outcomes, said = [], {}
     for name in names:
         outcome, said[name] = _decode(name, maps, parts, split, classes, config, device)
@@ -70,6 +83,20 @@ def segment(config: Config, images: Images, device: torch.device, folder: RunFol
     rows = _gallery(vit, part, maps[split].masks.numpy(), said, outcomes)
     trained_on, unit = len(parts["train"]), "images"
     return Measured(images, part, split, trained_on, width, speed, cautions, outcomes, vit.passport, unit, rows)
+
+
+def refuse_few(config: Config) -> None:
+    """ConfigError on a setting that draws images by their class, which masks do not have."""
+    if config.inputs.labels_per_class is not None:
+        raise ConfigError(
+            f"labels_per_class is {config.inputs.labels_per_class}, and images with masks have no class to draw by",
+            fix="leave labels_per_class out; a smaller table of images trains on fewer",
+        )
+
+
+def _shows_any(part: Any) -> bool:
+    """Whether some mask holds a class beside background."""
+    return bool(_known(part.masks).any())
 
 
 def _with_volumes(images: Images) -> Images:

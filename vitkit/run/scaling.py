@@ -86,6 +86,7 @@ def prepare(config: configs.Config, device: Any, home: Path, say: Any) -> Job:
     from vitkit.evaluate import metrics
     from vitkit.run.batches import Data, labelled_parts, open_data
     from vitkit.run.measure import scored_part
+    from vitkit.run.protocols_masks import refuse_few
     from vitkit.run.protocols_volumes import volumes_of
     from vitkit.run.scaling_cells import Job, Study
     from vitkit.run.scaling_models import open_backbones, remember, sizes_for
@@ -93,6 +94,7 @@ def prepare(config: configs.Config, device: Any, home: Path, say: Any) -> Job:
     own = config.own
     images, whole = open_data(config.inputs, say), None
     if images.task == "mask":
+        refuse_few(config)
         images = remember(images)
         parts = [images.part(name) for name in ("train", "val", "test")]
         data = Data(images, *parts)
@@ -119,9 +121,9 @@ def prepare(config: configs.Config, device: Any, home: Path, say: Any) -> Job:
 
 def _notes(study: Study) -> list[str]:
     """What a reader must know: models that saw these data, and preparation that differs between models."""
-    from vitkit.run.measure import overlap_with_training
+    from vitkit.run.measure import overlap_with_training, straddling
 
-    found, ways = [], {}
+    found, ways = straddling(study.images), {}
     for one in study.backbones:
         found += [f"{one.name}: {text}" for text in overlap_with_training(one.shell, study.images)]
         ways[one.name] = replace(one.shell.passport.preprocess, image_size=(1, 1))

@@ -271,7 +271,11 @@ def _advice(study: Study, found: Findings) -> list[str]:
         return []
     top = f"Best is {place_words((best.model, best.size))} with {100 * best.value:.1f} %"
     if enough is best or gap is None:
-        return [f"{top}; every cheaper setting is shown to be worse." if len(study.main()) > 1 else f"{top}."]
+        flops = study.costs[best.model, best.size].flops
+        cheaper = any(study.costs[p].flops < flops for p, cell in study.main().items() if not math.isnan(cell.value))
+        if len(study.main()) == 1:
+            return [f"{top}."]
+        return [f"{top}; {'every cheaper setting is shown to be worse' if cheaper else 'no setting is cheaper'}."]
     ratio = study.costs[enough.model, enough.size].flops / study.costs[best.model, best.size].flops
     if gap.high > UNSURE or math.isnan(gap.high):
         return [

@@ -1,8 +1,9 @@
 """`vitkit embed --format parquet`: an archive of any size, shard by shard, here or (`--engine ray`) on many machines.
 
 Both engines compute a shard by `compute`, in the same batches, so that they write the same rows. A killed job goes on at
-the first missing shard, with either engine. A file that cannot be read is left out, named in the manifest and counted;
-where most of a shard cannot be read (a disk that is not mounted, say) nothing is written and the job stops.
+the first missing shard, with either engine. A file that cannot be read is left out, named in the manifest, counted,
+and tried again by the next run; where most of a shard cannot be read (a disk that is not mounted, say) nothing is written
+and the job stops.
 """
 
 from __future__ import annotations
@@ -88,13 +89,15 @@ def embed_sharded(config: Config) -> Sharded:
         images = open_data(config.inputs, say)
         vit: Any = open_model(config.inputs, seed=machine.seed, say=say).eval().to(device)
         plan = Plan(images, own.shard_rows, feature_dim(vit), cache_key(vit, images.subset([])))
-        done = [one for n in range(plan.shards) if (one := parquet.written(folder.path, plan, n)) is not None]
+        there = (parquet.written(folder.path, plan, n) for n in range(plan.shards))
+        done = [one for one in there if one is not None and not _mended(plan, one, vit)]
         missing = sorted(set(range(plan.shards)) - {one.number for one in done})
         if finished and not missing and (folder.path / parquet.MANIFEST).is_file():
             say(f"{folder.path} is finished; nothing to do")
             return _result(folder.path, parquet.read_manifest(folder.path))
         if finished:  # files or weights changed since
-            say(f"{folder.path}: {len(missing)} of {plan.shards} shards are of other files or weights, or were removed")
+            why = "are of other files or weights, lack files that can be read now, or were removed"
+            say(f"{folder.path}: {len(missing)} of {plan.shards} shards {why}")
             (folder.path / "summary.json").unlink()
             _claim(folder, config)
         (folder.path / parquet.MANIFEST).unlink(missing_ok=True)
@@ -214,6 +217,17 @@ class _Pictures(Dataset):
             return i, self.view(self.images.decode(i)), ""
         except DataError as error:
             return i, None, str(error)
+
+
+def _mended(plan: Plan, shard: Shard, vit: Any) -> bool:
+    """Whether some file that was left out of a finished shard can be read now (a right given, a disk back)."""
+    from vitkit.data.transforms import eval_view
+
+    if not shard.skipped:
+        return False
+    part, wrong = plan.part(shard.number), {name for name, _ in shard.skipped}
+    pictures = _Pictures(part, eval_view(vit.passport.preprocess))
+    return any(name in wrong and pictures[i][1] is not None for i, name in enumerate(part.names))
 
 
 def _batch(samples: list) -> tuple[torch.Tensor | None, int, list[tuple[int, str]]]:

@@ -94,19 +94,24 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     called = sys.argv[1:3] == ["slides", "evaluate"]
     with folder:
         line = main_line() if called else "vitkit.slides.evaluate(...)"
-        state = folder.claim({**config.values, "fingerprint": mark}, KIND, free=FREE | {"fingerprint"}, command=line)
-        if state == "finished":
+        values, free = {**config.values, "fingerprint": mark}, FREE | {"fingerprint"}
+        drawn = folder.read_config().get("heatmaps") if folder.is_run() else None
+        state = folder.claim(values, KIND, free=free, command=line)
+        if state == "finished" and drawn == own.heatmaps:
             say(f"{folder.path} is finished; nothing to do")
             return _result(folder.path)
+        if state == "finished":  # the page is written again, from the heads that are there
+            (folder.path / "summary.json").unlink()
+            folder.claim(values, KIND, free=free, command=line)
         development, tested, folders, cautions = _load(config, encoders)
         for text in cautions:
             say(f"note: {text}")
         say(_told(next(iter(development.values())), own.labels))
-        arms = []
+        arms, each = [], list(product(development, config.method.heads))
+        files = _files([head if len(development) == 1 else f"{encoder} {head}" for encoder, head in each])
         with torch.random.fork_rng(devices=[]):
-            for encoder, head in product(development, config.method.heads):
-                name = head if len(development) == 1 else f"{encoder} {head}"
-                arms.append(_arm(config, folder.path, name, encoder, head, development[encoder], tested, device))
+            for (encoder, head), (name, file) in zip(each, files.items(), strict=True):
+                arms.append(_arm(config, folder.path, name, file, encoder, head, development[encoder], tested, device))
         found = _judge(development, tested, folders, arms, cautions, config)
         slides_page.write(folder.path, found, config)
         folder.finish(_summary(found))
@@ -209,10 +214,21 @@ def _refuse_changed(folder: RunFolder, mark: str) -> None:
 # ---------------------------------------------------------------- one arm
 
 
+def _files(names: list[str]) -> dict[str, str]:
+    """{name of an arm: what its files are called}: letters, digits and _; a number behind those that would be alike."""
+    plain = ["".join(c if c.isalnum() else "_" for c in name) for name in names]
+    low = [one.lower() for one in plain]  # some file systems take A for a
+    return {
+        name: file if low.count(file.lower()) == 1 else f"{file}-{low[: i + 1].count(file.lower())}"
+        for i, (name, file) in enumerate(zip(names, plain, strict=True))
+    }
+
+
 def _arm(
     config: Config,
     out: Path,
     name: str,
+    file: str,
     encoder: str,
     head: str,
     bags: Bags,
@@ -221,7 +237,6 @@ def _arm(
 ) -> Arm:
     """Train and score an arm, or read it where an earlier, unfinished run has done so."""
     method, own = config.method, config.own
-    file = "".join(c if c.isalnum() else "_" for c in name)
     kept = _read(out, file, encoder, head, name)
     if kept is not None:
         speaker(own.quiet)(f"{name}: found finished")

@@ -170,7 +170,8 @@ def _scores(report: Report, found: Found, external: bool) -> None:
     for arm in found.arms:
         row: list[Any] = [arm.name, *(found.intervals[arm.name, name] for name in found.cohorts)]
         span = [value for value in arm.each if np.isfinite(value)]
-        row += [arm.members[name] for name in found.cohorts] if external else [f"{min(span):.3f} to {max(span):.3f}"]
+        folds = f"{min(span):.3f} to {max(span):.3f}" if span else "–"
+        row += [arm.members[name] for name in found.cohorts] if external else [folds]
         rows.append(row)
     note = "Small figures: 95 %, bootstrap over patients. "
     note += "Single models: the mean score of the ensemble's members." if external else (

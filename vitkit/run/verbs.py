@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vitkit.errors import ConfigError, nearest
+from vitkit.errors import ConfigError, VitkitError, nearest
 from vitkit.run import config as configs
 from vitkit.run import discover
 from vitkit.settings import FROZEN, SEGMENTING, TRAINED, Attack, Classify, Evaluate, Explain, Inputs, Machine, Train
@@ -88,7 +88,7 @@ def explain(method: Any = None, data: Any = None, *, model: Any = None, out: Any
         return train("explain", method, {"model": model, "data": data, "out": out, **settings})
     from vitkit.run.explaining import explain_job
 
-    given = {"model": model if method is None else method, "data": data, "out": out, **settings}
+    given = {"model": _named("explain", method, model), "data": data, "out": out, **settings}
     return explain_job(settings_for("explain", None, _plain(given)))
 
 
@@ -106,8 +106,23 @@ def attack(method: Any = None, *, model: Any = None, data: Any = None, out: Any 
 
     if method == ATTACK:
         method = None
-    given = {"model": model if method is None else method, "data": data, "out": out, **settings}
+    given = {"model": _named("attack", method, model), "data": data, "out": out, **settings}
     return attack_job(settings_for("attack", None, _plain(given)))
+
+
+def _named(verb: str, first: Any, model: Any) -> Any:
+    """The model, which is the first argument or `model`."""
+    if first is not None and model is not None:
+        raise not_a_method(verb, str(first), f"vitkit.{verb} got '{first}' and model='{model}'")
+    return model if first is None else first
+
+
+def not_a_method(verb: str, word: str, what: str) -> ConfigError:
+    """The error for a `word` in the place of a method or model, where the model is given elsewhere."""
+    known = [method.name for method in discover.trainable(verb)]
+    close = nearest(word.replace("-", "_"), known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return ConfigError(what, fix=f"{hint}a method that trains ({', '.join(known)}) with a model, or one model")
 
 
 def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> Run:
@@ -135,6 +150,9 @@ def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> R
         if rank == 0 and not config.machine.quiet:
             _say(f"vitkit {verb} {name} -> {folder.path}\n  {configs.show(config, _defaults(verb, name))}")
         run_job(verb, name, config)
+    except VitkitError:
+        folder.abandon()
+        raise
     finally:
         folder.release()
     return Run(folder.path)

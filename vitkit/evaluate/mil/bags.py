@@ -262,6 +262,8 @@ def read_bags(
     """Slides of a folder of feature files (all, or those of `names` in that order), every one labelled 0 of one class."""
     from .store import read_features, shape_of
 
+    if max_tiles is not None and max_tiles < 1:
+        raise ConfigError(f"max_tiles is {max_tiles}", fix="at least 1 tile of each slide, or none to keep all")
     files = feature_files(folder)
     names = list(files) if names is None else list(names)
     shapes = [shape_of(files[name]) for name in names]

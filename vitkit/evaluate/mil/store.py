@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitkit.data.slide import TileFolder, Tiles, Tiling, find_slides, open_slide, stem, tile, tile_folder
+from vitkit.data.slide import TileFolder, Tiles, Tiling, dicom_slide, find_slides, open_slide, stem, tile, tile_folder
 from vitkit.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def embed_slides(
 
     tiling: by default the model's image size at 0.5 micrometres a pixel with 60 % tissue; tiles of tile folders are taken as
     they are and prepared like any image. workers: threads that read tiles ahead. precision: float32, bf16 or fp16 (autocast).
-    on_bad: "raise" stops at a slide that cannot be read, has no resolution or no tissue; "skip" lists it and goes on.
+    on_bad: "raise" stops at a slide that cannot be read, has no resolution or no tissue; "skip" lists it, removes what an
+    earlier run wrote of it, and goes on.
     progress: called after every batch with what was done so far.
     """
     from vitkit.evaluate.features import _evaluating
@@ -107,6 +108,8 @@ def embed_slides(
         raise ConfigError(f"on_bad is {on_bad!r}", fix='use "raise" or "skip"')
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}", fix=f"one of {', '.join(PRECISIONS)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}", fix="at least 1 tile")
     preprocess = _preprocess(vit)
     tiling = tiling or replace(Tiling(), size=preprocess.image_size[0])
     key = features_key(vit, tiling, precision)
@@ -128,6 +131,9 @@ def embed_slides(
             _take(batch, _features(vit, x, precision), rows, out, key, report)
             if progress is not None:
                 progress(report)
+    for name in report.bad:  # what an earlier run wrote is of another tiling, model or version of the slide
+        if _facts(out / f"{name}.safetensors"):
+            (out / f"{name}.safetensors").unlink()
     return report
 
 
@@ -238,7 +244,7 @@ def _opened(path: Path, tiling: Tiling) -> _Open:
     from .pictures import stitched
 
     name = stem(path.name)
-    if path.is_dir() and not any(path.glob("*.dcm")):
+    if path.is_dir() and not dicom_slide(path):
         folder = tile_folder(path)
         return _Open(name, path, folder, *stitched(folder, THUMBNAIL))
     slide = open_slide(path)
