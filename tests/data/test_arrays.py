@@ -89,6 +89,7 @@ def test_pictures_cannot_be_changed_through_a_tensor(tmp_path):
         ({"pong": X}, r"no pictures among its arrays \(pong\)"),
         ({"x": X[0, 0]}, "an array of shape 12 x 3 is no stack of pictures"),
         ({"x": X.astype(float) - 500}, "have no known meaning as brightness"),
+        ({"x": X / 255 * 1.2}, r"values from 0 to 1\.1\d+ have no known meaning as brightness"),
         ({"x": X * np.nan}, "not finite"),
         ({"x": X, "y": np.arange(4)}, "labels of shape 4 for 6 pictures"),
         ({"x": X, "y": np.full(6, 0.5)}, "are no classes"),

@@ -148,7 +148,7 @@ def test_float_tiff_in_a_known_range(scale, expected):
     assert decode(Image.fromarray(values), "TIFF").tolist() == [expected]
 
 
-@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1000.0]])
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1000.0], [0.0, 1.2]])
 def test_float_tiff_with_an_unknown_range_is_refused(values):
     with pytest.raises(DataError, match=r"a\.tif: values from .* have no known meaning as brightness") as caught:
         pixels.decode(saved(Image.fromarray(np.array([values], np.float32)), "TIFF"), "a.tif")

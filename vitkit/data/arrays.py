@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from . import pixels
 from .found import Found, class_names, count, encode, some, split_name, which
 from .stores import ArrayStore
 
@@ -145,8 +146,10 @@ def _to_uint8(array: np.ndarray, name: str) -> tuple[np.ndarray, str]:
         )
     tops = (1.0, 255.0) if array.dtype.kind == "f" else (65535.0,) if array.dtype == np.uint16 else (255.0, 65535.0)
     top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top == 255.0 and array.dtype.kind == "f" and high < pixels.UNCLEAR:  # left [0, 1] a little, or nearly black
+        top = None
     if top is None:
-        fix = "save uint8, or floats in [0, 1]"
+        fix = "save uint8, or floats in [0, 1] (clip what leaves it)"
         raise DataError(f"{name}: values from {low:g} to {high:g} have no known meaning as brightness", fix=fix)
     values: np.ndarray = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
     scaled = np.rint(values * (255.0 / top)).astype(np.uint8)

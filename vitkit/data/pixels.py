@@ -50,6 +50,7 @@ SUFFIXES = frozenset(
     ]
 )
 DEEP = ("full", "minmax")
+UNCLEAR = 2.0  # floats up to here, but above 1, may be [0, 1] overshot or 0..255 nearly black: refused
 _DICOM = (".dcm", ".dicom", ".dic", ".ima")
 _SIXTEEN = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _REPLACE = "replace the file by an intact copy or remove it from the data (`vitkit check` lists all such files)"
@@ -223,6 +224,8 @@ def _scaled(values: np.ndarray, facts: Facts, name: str, deep: str) -> np.ndarra
     else:
         tops = (65535.0,)
     top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top == 255.0 and facts.mode == "F" and high < UNCLEAR:
+        top = None
     if top is None:
         raise DataError(
             f"{name}: values from {low:g} to {high:g} have no known meaning as brightness ({facts.mode} {facts.format})",
