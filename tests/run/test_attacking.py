@@ -191,6 +191,7 @@ WRONG = {
     "no such layer": ({"layer": 9}, ConfigError, "layer 9 does not exist.*\n.*blocks 0..2"),
     "no such baseline": ({"baselines": ("l4",)}, ConfigError, "there is no baseline 'l4'\n  fix: did you mean l4a"),
     "curve": ({"curve": (300,)}, ConfigError, "curve holds 300\n  fix: budgets in 255ths"),
+    "curve in shares": ({"curve": (2 / 255,)}, ConfigError, "curve counts 255ths: 2 instead of 0.00784"),
     "no steps": ({"steps": 0}, ConfigError, "steps is 0\n  fix: 1 or more"),
     "jpeg": ({"jpeg": 101}, ConfigError, "jpeg is 101"),
     "layer word": ({"layer": "best"}, ConfigError, "layer"),

@@ -141,6 +141,9 @@ def _check(own: Any, settings: Settings) -> None:
     for level in own.curve:
         if not 0 <= level <= 255:
             raise ConfigError(f"curve holds {level:g}", fix="budgets in 255ths, 0 to 255, e.g. 2,4,8,10")
+        if 0 < level < 0.05:  # 2/255 was meant
+            hint = f"curve counts 255ths: {level * 255:.3g} instead of {level:.3g}"
+            raise ConfigError(f"curve holds {level:g}, a change too small to see any effect of", fix=hint)
     if own.max_images < 1:
         raise ConfigError(f"max_images is {own.max_images}", fix="1 or more")
 
