@@ -180,7 +180,8 @@ def heads_table(result: Result, rows: dict, seeds: range) -> bool:
             found = mean[rare, key]
             span = f"{found.low:.3f} to {found.high:.3f}" if len(seeds) > 1 else "one seed"
             first = rows[rare, seeds[0]]
-            drawn = f"{first[f'{key} low']:.3f} to {first[f'{key} high']:.3f}" if f"{key} low" in first else ""
+            low, high = first.get(f"{key} low"), first.get(f"{key} high")
+            drawn = "" if low is None else f"{low:.3f} to {high:.3f}" if low == low else "none: no mistake"
             line += [round(found.value, 4), span, drawn]
         table.append(line)
     columns = ["head"]
