@@ -54,7 +54,7 @@ def main() -> int:
         "times as fast",
         "peak memory, MB",
     ]
-    header += ["one by one, MB", "largest difference of a weight"]
+    header += ["one by one, MB", "difference of weights, 99.9 % of them"]
     note = "25 models; memory is what tensors newly hold, features aside; weights are compared after the first epoch"
     result.table("Training 25 heads, one CPU thread", header, rows, note)
     faster = {head: [row[6] for row in rows if row[0] == head] for head in ("abmil", "mean")}
@@ -84,8 +84,10 @@ def heads_race(head: str, count: int, tiles: int, dim: int, quick: bool) -> list
     for a, b in zip(ours, theirs, strict=True):
         assert np.allclose(a.curve, b.curve, atol=1e-6), f"{head}: the validation curves differ"
         moved = {k for k in a.state if k != "attention_layer.w.bias"}  # shifts a softmax: its gradient is rounding
-        worst = max(worst, max(float((a.state[k] - b.state[k]).abs().max()) for k in moved))
-    assert worst < 1e-3, f"{head}: the weights differ by {worst}"
+        apart = torch.cat([(a.state[k] - b.state[k]).abs().flatten() for k in sorted(moved)])
+        # Not the largest: where a gradient is rounding, Adam makes whole steps of its sign.
+        worst = max(worst, float(apart.kthvalue(max(1, int(0.999 * len(apart)))).values))
+    assert worst < 1e-4, f"{head}: the weights differ by {worst}"
     medians, _ = race(
         {"ours": lambda: fit(bags, jobs), "plain": lambda: one_by_one(bags, jobs)}, rounds=2 if quick else 3, warmup=0
     )
