@@ -43,7 +43,10 @@ def main() -> int:
     )
     result = Result("phikon_v2", "speed", claim, options.quick)
     sizes = [(60, 30, 192)] if options.quick else [(80, 12, 192), (80, 100, 192), (60, 100, 1024)]
-    rows = [heads_race(head, *size, options.quick) for size in sizes for head in ("abmil", "chowder", "mean")]
+    # No Chowder on 1024 values: rounding swaps some of the extreme tiles that it picks within an epoch, so the two ways do
+    # not stay on one path and there is nothing equal to time.
+    heads = {192: ("abmil", "chowder", "mean"), 1024: ("abmil", "mean")}
+    rows = [heads_race(head, *size, options.quick) for size in sizes for head in heads[size[2]]]
     header = [
         "head",
         "slides",
