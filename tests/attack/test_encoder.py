@@ -60,8 +60,6 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("module,name", [(adaptformer, "adapt.adaptformer"), (lora, "adapt.lora")])
 def test_the_base_comes_back_bit_for_bit(public, tmp_path, module, name, whole):
-    if module is lora and not whole:
-        pytest.importorskip("peft")
     run = tuned(public, tmp_path / "run", module, name=name, whole=whole)
     encoder = encoder_of(run)
     assert same(state(encoder), state(weights.load(str(public), say=None)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.test_tokens import FAMILIES, close, images, make
+from tests.volumes import volume_vit
 from vitkit import tokens
 from vitkit.adapt import vpt
 from vitkit.errors import ConfigError
@@ -150,26 +151,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_volumes_give_maps_of_three_axes():
-    from timm.models.vision_transformer import VisionTransformer
-
-    class Embed3d(torch.nn.Module):
-        def __init__(self, img_size, patch_size, in_chans, embed_dim, bias=True, **_):
-            super().__init__()
-            self.img_size, self.patch_size, self.grid_size, self.num_patches = img_size, patch_size, (2, 2, 2), 8
-            self.proj = torch.nn.Conv3d(in_chans, embed_dim, patch_size, patch_size)
-
-        def feat_ratio(self, as_scalar=True):
-            return self.patch_size[0] if as_scalar else self.patch_size
-
-        def dynamic_feat_size(self, size):
-            return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
-
-        def forward(self, x):
-            return self.proj(x).flatten(2).transpose(1, 2)
-
-    vit = VisionTransformer(
-        img_size=(8, 16, 16), patch_size=(4, 8, 8), in_chans=1, embed_dim=48, depth=2, num_heads=4, embed_layer=Embed3d
-    ).eval()
+    vit = volume_vit()
     assert attention.rollout(vit, torch.randn(2, 1, 8, 16, 16)).shape == (2, 2, 2, 2)
 
 

@@ -241,8 +241,8 @@ def test_settings_that_do_not_apply_are_refused(data, settings, message):
         vitkit.evaluate(**{**MODEL, **settings}, data=data)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused():
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="accelerator is cuda, but torch finds no such device"):
         measure.device_of(Machine(accelerator="cuda"), "evaluate")
     assert measure.device_of(Machine(), "evaluate").type in ("cpu", "mps")
