@@ -7,9 +7,7 @@ features as a few int8 a patch, so that the patches most like a clicked one are 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from vitkit.explain import pca
+from vitkit.run.document import document, embedded
 
 SIDE = 448  # pixels of a picture's longer side in the file
 BYTES = 4 << 20  # of features in the file
@@ -93,21 +92,8 @@ WHAT = {
 
 
 def page(**values: Any) -> str:
-    """The HTML document. The data travel as JSON that no name or label can break out of, and are only ever set as text."""
-    from importlib.resources import files
-
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    from vitkit import __version__
-
-    source = files("vitkit.run").joinpath("explain.html").read_text("utf-8")
-    script = source.rpartition("<script>")[2].partition("</script>")[0]
-    data = json.dumps(values.pop("data"), ensure_ascii=True, separators=(",", ":"), default=str)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    safe = Markup(data.replace("<", "\\u003c"))
-    return template.render(data=safe, script_hash=f"sha256-{digest}", version=__version__, **values)
+    """The HTML document; `data` travel as JSON inside it."""
+    return document("explain.html", trim=True, data=embedded(values.pop("data")), **values)
 
 
 def _item(one: Any, names: Any) -> dict[str, Any]:

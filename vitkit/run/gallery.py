@@ -6,9 +6,7 @@ Pictures are small copies; neighbours are found over all images, not only over t
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vitkit.data.images import Images
+from vitkit.run.document import document, embedded
 
 NEIGHBOURS = 12
 MOST_QUERIES = 300  # pictures that can be asked for their neighbours
@@ -69,28 +68,8 @@ def write(
 
 
 def page(title: str, facts: Mapping[str, str], data: Mapping[str, Any]) -> str:
-    """The HTML document. The data travel as JSON that no name or label can break out of, and are only ever set as text."""
-    from importlib.resources import files
-
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    from vitkit import __version__
-
-    source = files("vitkit.run").joinpath("gallery.html").read_text("utf-8")
-    script = source.rpartition("<script>")[2].partition("</script>")[0]
-    safe = json.dumps(data, ensure_ascii=True, separators=(",", ":"), default=str).replace("<", "\\u003c")
-    return (
-        Environment(autoescape=True)
-        .from_string(source)
-        .render(
-            title=title,
-            facts=facts,
-            data=Markup(safe),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            version=__version__,
-        )
-    )
+    """The HTML document; `data` travel as JSON inside it."""
+    return document("gallery.html", title=title, facts=facts, data=embedded(data))
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:

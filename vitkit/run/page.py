@@ -5,8 +5,6 @@ The file's own content policy forbids the rest, so that a class named `<script>`
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from markupsafe import Markup
 
 from vitkit.run import charts
 from vitkit.run.axes import short
-from vitkit.run.environment import vitkit_version
+from vitkit.run.document import document
 from vitkit.run.files import atomic_write
 from vitkit.run.pictures import data_uri, png, size_of
 from vitkit.run.tables import confusion_table, data_table, pairs
@@ -147,17 +145,12 @@ class Report:
 
     def html(self) -> str:
         """The whole document."""
-        from importlib.resources import files
-
-        from jinja2 import Environment
-
         used: set[str] = set()
         sections = [{**section, "id": _slug(section["title"], used)} for section in self._sections if section["blocks"]]
         named = [(section["id"], section["title"]) for section in sections if section["title"]]
-        template = Environment(autoescape=True).from_string(
-            files("vitkit.run").joinpath("report.html").read_text("utf-8")
-        )
-        return template.render(
+        return document(
+            "report.html",
+            script=SORT,
             title=self.title,
             subtitle=self.subtitle,
             kicker=self.kicker,
@@ -165,9 +158,6 @@ class Report:
             facts=self._facts,
             contents=named if len(named) > 3 else [],
             sections=sections,
-            script=Markup(SORT),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode(),
-            version=vitkit_version(),
         )
 
     def _add(self, title: str, body: Markup, note: str = "", *, kind: str = "whole") -> None:
