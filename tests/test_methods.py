@@ -11,13 +11,16 @@ import torch
 from vitkit import tokens
 from vitkit.errors import ConfigError
 from vitkit.run import discover
-from vitkit.settings import Classify, Task
+from vitkit.settings import Task
 
-from .test_tokens import FAMILIES, close, images, make
+from . import examples
+from .examples import build, model, pixels
+from .test_tokens import close, images, make
 
-TASK = Task("single", ("a", "b", "c"))
 METHODS = [(m.verb, m.name) for m in discover.methods() if m.trains]
 ADAPTATIONS = [(m.verb, m.name) for m in discover.methods() if m.labels]  # of explain and attack, too
+CLAIMED = [(verb, name, family) for verb, name in METHODS for family in examples.families(verb, name)]
+ADAPTED = [one for one in CLAIMED if one[:2] in ADAPTATIONS]
 # Prompts are read from the first step on; the others change no output before they are trained.
 IDENTICAL_AT_START = {"adaptformer", "bitfit", "full", "linear", "lora", "harden"}
 # One bias on the score of every class: softmax cancels it, so that its gradient is exactly zero.
@@ -25,38 +28,15 @@ OWN_HEAD = {"prompt_cam"}  # takes no other head
 SHIFTS_ALL_CLASSES = {"prompt_cam": {"vit.head.bias"}}
 
 
-def small_settings(module):
-    """The method's settings, shrunk where its defaults are sized for real models."""
-    small = {"bottleneck": 4, "decoder_dim": 16, "decoder_heads": 2, "rank": 2, "dropout": 0.0, "mask_ratio": 0.5}
-    small |= {"gate_init": 0.1, "steps": 2, "prompt_dropout": 0.0}  # a gate of 0 would hide what is behind it
-    if module.__name__.endswith("dvpt"):
-        small["prompts"] = 4
-    names = module.Settings.__dataclass_fields__
-    return module.Settings(**{key: value for key, value in small.items() if key in names})
-
-
-def build(verb: str, name: str, vit, **classify):
-    module = discover.load(verb, name)
-    kind = discover.method_class(module)
-    if kind.needs_labels:
-        return kind(vit, small_settings(module), task=TASK, classify=Classify(**{"head": "linear", **classify}))
-    return kind(vit, small_settings(module))
-
-
-def batch(size=(64, 64), count=4):
-    return {"image": images(size, count), "label": torch.arange(count) % 3, "seed": torch.arange(count)}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("verb,name", METHODS)
+@pytest.mark.parametrize("verb,name,family", CLAIMED)
 def test_gradients_reach_every_trainable_parameter_and_only_those(verb, name, family):
     torch.manual_seed(0)
-    method = build(verb, name, make(family)).train()
+    method = build(verb, name, model(family)).train()
     for module in method.modules():  # a fresh head starts at (nearly) zero and would hide the trunk's gradients
         if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
             torch.nn.init.normal_(module.weight, std=0.1)
-    for size in ((64, 64), (64, 96)):
-        out = method(batch(size))
+    for size in examples.SIZES[examples.KIND[family]]:
+        out = method(examples.batch(name, family, size))
         assert out["loss"].ndim == 0 and torch.isfinite(out["loss"])
         out["loss"].backward()
     trainable = {n for n, p in method.named_parameters() if p.requires_grad}
@@ -69,10 +49,9 @@ def test_gradients_reach_every_trainable_parameter_and_only_those(verb, name, fa
     assert all(p.requires_grad for p in method.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("verb,name", ADAPTATIONS)
+@pytest.mark.parametrize("verb,name,family", ADAPTED)
 def test_adapting_changes_no_loaded_weight_and_no_output(verb, name, family):
-    vit, x = make(family), images((64, 96))
+    vit, x = model(family), pixels(family, examples.SIZES[examples.KIND[family]][1])
     with torch.no_grad():
         want = tokens.encode(vit, x).all
     before = {key: value.clone() for key, value in vit.state_dict().items() if not key.startswith("head")}
@@ -89,29 +68,29 @@ def test_adapting_changes_no_loaded_weight_and_no_output(verb, name, family):
         assert close(got, want, 1e-6 if name == "lora" else 0.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("verb,name", ADAPTATIONS)
+@pytest.mark.parametrize("verb,name,family", ADAPTED)
 def test_what_trained_is_enough_to_restore(verb, name, family):
     """One real step, then: frozen weights bit-identical; trained tensors alone on a fresh copy give equal logits."""
     from vitkit.run.loop import _load_trained, trained_state
 
     head = "linear" if name in OWN_HEAD else "bn_linear"
-    method = build(verb, name, make(family), head=head).train()
+    method = build(verb, name, model(family), head=head).train()
     frozen = {n: p.clone() for n, p in method.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
-    method(batch())["loss"].backward()
+    method(examples.batch(name, family))["loss"].backward()
     optimizer.step()
     assert all(torch.equal(p, frozen[n]) for n, p in method.named_parameters() if n in frozen)
-    again = build(verb, name, make(family), head=head)
+    again = build(verb, name, model(family), head=head)
     _load_trained(again, trained_state(method))
-    x = images((64, 96))
+    x = pixels(family, examples.SIZES[examples.KIND[family]][1])
     assert torch.equal(method.eval().predict(x), again.eval().predict(x))
 
 
 @pytest.mark.parametrize("verb,name", ADAPTATIONS)
 def test_multi_label_loss_ignores_unknown_labels(verb, name):
     module = discover.load(verb, name)
-    method = discover.method_class(module)(make("plain"), small_settings(module), task=Task("multi", ("a", "b", "c")))
+    task = Task("multi", ("a", "b", "c"))
+    method = discover.method_class(module)(make("plain"), examples.settings(module), task=task)
     labels = torch.tensor([[1.0, 0.0, float("nan")], [0.0, float("nan"), 1.0]])
     out = method.eval()({"image": images((64, 64)), "label": labels})
     known = ~labels.isnan()
@@ -122,12 +101,13 @@ def test_multi_label_loss_ignores_unknown_labels(verb, name):
 
 @pytest.mark.parametrize("verb,name", METHODS)
 def test_copies_and_grad_checkpointing_give_the_same_numbers(verb, name):
-    method = build(verb, name, make("dinov3")).eval()
-    twin = copy.deepcopy(method)
-    loss = method(batch())["loss"]
-    assert torch.equal(loss, twin(batch())["loss"])
+    family = "dinov3" if "dinov3" in examples.families(verb, name) else examples.families(verb, name)[0]
+    method = build(verb, name, model(family)).eval()
+    twin, batch = copy.deepcopy(method), examples.batch(name, family)
+    loss = method(dict(batch))["loss"]
+    assert torch.equal(loss, twin(dict(batch))["loss"])
     twin.vit.set_grad_checkpointing()
-    again = twin.train(method.training)(batch())["loss"]
+    again = twin.train(method.training)(dict(batch))["loss"]
     again.backward()
     assert torch.allclose(loss, again)
 

@@ -92,7 +92,7 @@ def test_vitkit_commands_of_the_pages_are_understood(page):
     """Every `vitkit ...` line of a code block names a verb, a method and settings that exist."""
     import shlex
 
-    from vitkit.run import cli, discover, verbs
+    from vitkit.run import cli, discover, playing, verbs
 
     for line in shell_lines(text(page)):
         words = shlex.split(line, comments=True)
@@ -110,10 +110,8 @@ def test_vitkit_commands_of_the_pages_are_understood(page):
             if configured and not (ROOT / configured).is_file():
                 assert configured.startswith("runs/"), line
                 rest = rest[2:]
-            given = [
-                *rest,
-                *(w for key in ("model", "data", "out") if f"--{key}" not in rest for w in (f"--{key}", "x")),
-            ]
+            needed = playing.REQUIRED[method] if verb == "rl" else ("model", "data", "out")
+            given = [*rest, *(w for key in needed if f"--{key}" not in rest for w in (f"--{key}", "x"))]
             assert verbs.settings_for(verb, method, given), line
 
 

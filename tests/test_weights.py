@@ -453,7 +453,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
 def test_video_and_rotary_files_are_refused(tmp_path):
     state = tiny().state_dict()
     video = {**state, "patch_embed.proj.weight": torch.ones(32, 3, 2, 8, 8)}
-    with pytest.raises(WeightsError, match=r"video or volume model \(patch embedding \(32, 3, 2, 8, 8\)\)"):
+    with pytest.raises(WeightsError, match=r"three axes \(32, 3, 2, 8, 8\), and nothing says of what"):
         load(write(tmp_path / "a", video, TINY))
     del state["pos_embed"]
     with pytest.raises(WeightsError, match="no position table, so positions are rotary, fixed or absent"):

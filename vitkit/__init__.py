@@ -8,6 +8,8 @@ Every command-line verb is a function here, with the same words:
     vitkit.load("runs/a").predict("new/")                     vitkit.compare("runs/a", "runs/b")
     vitkit.predict("runs/a", "new/")                          vitkit.export("runs/a", format="onnx")
     vitkit.scaling(models="A,B", sizes=(96, 224), data=...)   # what larger inputs and backbones buy
+    vitkit.rl("rainbow", env="ALE/Pong-v5", model=..., out=...)   # games: frames, an agent, probes
+    vitkit.caption(model=..., data=..., text_column="report", out=...)   # a language model writes the text of images
     vitkit.report("runs/a")   vitkit.check("photos/")         vitkit.methods()   vitkit.doctor()
 
 Loaded lazily: `import vitkit` costs milliseconds.
@@ -23,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 VERBS = (
-    "adapt", "attack", "check", "compare", "demo", "doctor", "embed", "evaluate", "explain", "export", "load", "methods",
-    "predict", "pretrain", "report", "scaling",
+    "adapt", "anomaly", "attack", "caption", "check", "clean", "compare", "demo", "doctor", "embed", "evaluate",
+    "explain", "export", "load", "methods", "predict", "pretrain", "report", "rl", "scaling",
 )  # fmt: skip
 _ELSEWHERE = {
     "VitkitError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightsError": "errors",
@@ -37,11 +39,14 @@ if TYPE_CHECKING:
     from vitkit.errors import ConfigError, DataError, MissingExtra, TrainingError, VitkitError, WeightsError
     from vitkit.passport import Passport
     from vitkit.run import slides
+    from vitkit.run.captioning import caption
     from vitkit.run.model import Model, Run
     from vitkit.run.verbs import (
         adapt,
+        anomaly,
         attack,
         check,
+        clean,
         compare,
         demo,
         doctor,
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         report,
+        rl,
         scaling,
     )  # fmt: skip
 
@@ -72,10 +78,12 @@ def _callable_package(name: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adapt", "attack", "evaluate", "explain", "pretrain", "tokens", "weights"):
+    if name in ("adapt", "anomaly", "attack", "clean", "evaluate", "explain", "pretrain", "rl", "tokens", "weights"):
         return importlib.import_module(f"vitkit.{name}")
     if name == "slides":  # three words of one verb: vitkit.slides.embed, .evaluate, .predict
         return importlib.import_module("vitkit.run.slides")
+    if name == "caption":
+        return importlib.import_module("vitkit.run.captioning").caption
     if name in VERBS:
         return getattr(importlib.import_module("vitkit.run.verbs"), name)
     if name in _ELSEWHERE:

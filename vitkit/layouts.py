@@ -8,8 +8,10 @@ no architecture and drops nothing silently.
     VideoMAE, BEiT    `q_bias`/`v_bias` beside a fused `qkv.weight`, `gamma_1`/`gamma_2`
     MAE               `decoder_*` and `mask_token` beside a plain encoder, or the encoder alone
     DINOv2            `register_tokens`, `mask_token` (1, D), chunked blocks, SwiGLU `w12`/`w3`
+                      also as Hugging Face's Dinov2Model names it (vitkit.parts.hf_names), with PH-Reg's registers
     DINOv3            `storage_tokens`, `rope_embed.periods` (vitkit.parts.dinov3)
     CLIP              the visual tower of OpenAI and open_clip, `transformer.resblocks.*`; DVPT's prompts beside it
+    Hi-End-MAE        a 3-D encoder under `encoder.`, its positions `encoder_pos_embed`, decoder and bridge beside it
     plain             timm, DeiT, DINO, MoCo v3, fine-tuned MAE (`fc_norm`)
 
 Wrappers (`module.`, `_orig_mod.`, ...) and any prefix in front of the trunk (`backbone.`, `encoder.`, ...) are removed.
@@ -26,11 +28,13 @@ import torch
 from torch import Tensor
 
 from vitkit.errors import WeightsError
+from vitkit.parts import hf_names, ph_reg_names, video_names
 from vitkit.parts.dinov3 import is_dinov3, to_timm
 from vitkit.parts.positions import is_sincos
 
 Tensors = dict[str, Tensor]
 ANCHOR = "patch_embed.proj.weight"
+HI_END = "encoder_pos_embed"
 CLIP_ANCHOR = "class_embedding"  # of CLIP's visual tower; its text tower has none
 _KINDS = ("weight", "bias")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -68,6 +72,15 @@ def read(tensors: Mapping[str, Tensor], *, plain: bool = False) -> Reading:
     Raises WeightsError when there is no ViT in it, or two to choose from.
     """
     named = unwrap(tensors)
+    hugging_face = hf_names.prefix_of(named)
+    ph_reg = hugging_face is not None and ph_reg_names.is_student(named, hugging_face)
+    if ph_reg:
+        named = ph_reg_names.once(named)
+    if hugging_face is not None:
+        named = hf_names.to_dinov2(named, hugging_face)
+    hi_end = HI_END in named and f"encoder.{ANCHOR}" in named
+    if hi_end:  # Hi-End-MAE keeps the encoder's positions beside the encoder
+        named["encoder.pos_embed"] = named.pop(HI_END)
     prefix = trunk_prefix(named)
     inner = {name[len(prefix) :]: value for name, value in named.items() if name.startswith(prefix)}
     outer = {name: value for name, value in named.items() if not name.startswith(prefix)}
@@ -78,7 +91,16 @@ def read(tensors: Mapping[str, Tensor], *, plain: bool = False) -> Reading:
         reading.hints = {"num_heads": {384: 12, 768: 12}}
         reading.extras.update(reading.head)
         reading.head = {}
+    if hi_end:
+        reading.kind, reading.positions, reading.notes = "Hi-End-MAE encoder", "trilinear", []
+        reading.hints = {"kind": "volume", "no_embed_class": True, "num_heads": {768: 12, 1536: 16}}
+        # CT at 1.5 mm, -175 to 250 HU to [0, 1] (the authors' loader).
+        reading.hints["pixels"] = {"mean": (0.0,), "std": (1.0,), "window": (-175.0, 250.0), "spacing": (1.5, 1.5, 1.5)}
     reading.extras.update(outer)
+    if any(name.startswith("temporal_order_predictor.") for name in outer):  # its ViT is DINO's, resampling included
+        reading.kind, reading.positions = "TOV-VICReg", "dinov2"
+    if ph_reg:  # its positions follow transformers: bicubic to the new size
+        reading.kind, reading.positions = "PH-Reg student", "mae"
     if prefix:
         reading.notes.append(f"the trunk was under the prefix '{prefix}'")
     return reading
@@ -233,18 +255,26 @@ def _adaptformer(tensors: Tensors) -> Reading:
 
 def _biases_apart(tensors: Tensors) -> Reading:
     """VideoMAE and BEiT: `qkv` has no bias layer but q and v biases of their own; the key bias is zero."""
-    named: Tensors = {}
-    for name, value in tensors.items():
-        if name.endswith(".attn.q_bias"):
-            v_bias = tensors[name.replace("q_bias", "v_bias")]
-            named[name.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
-        elif not name.endswith(".attn.v_bias"):
-            named[re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)] = value
-    reading = _plain(named)
-    video = named[ANCHOR].ndim == 5
-    reading.kind = "VideoMAE encoder" if video else "BEiT-style ViT (q and v biases apart)"
-    reading.notes = ["positions are fixed sinusoids over the flat token index and not in the file"] if video else []
+    reading = _plain(video_names.to_timm(tensors))
+    if reading.vit[ANCHOR].ndim == 5:
+        return _video(reading)
+    reading.kind, reading.notes = "BEiT-style ViT (q and v biases apart)", []
     reading.hints = {"biases_apart": True}
+    return reading
+
+
+def _video(reading: Reading) -> Reading:
+    """OpenGVLab/VideoMAEv2, whose published models all see 16 frames of 224 pixels."""
+    reading.kind, reading.positions = "VideoMAE encoder", "video"
+    reading.notes = [
+        "positions are fixed sinusoids over the flat token index and not in the file",
+        "input 16 x 224 x 224, as the authors published it, unless img_size says otherwise",
+    ]
+    scale = reading.vit.get("blocks.0.attn.q_norm.scale")  # cosine attention has one a head
+    heads = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+    if scale is not None:
+        heads[reading.vit[ANCHOR].shape[0]] = len(scale)
+    reading.hints = {"kind": "video", "img_size": [16, 224, 224], "num_heads": heads}
     return reading
 
 
@@ -292,12 +322,17 @@ READERS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Reading]], .
     (lambda names: CLIP_ANCHOR in names and ANCHOR not in names, _clip),
     (is_dinov3, _dinov3),
     (lambda names: any(_SPLIT.search(n) for n in names) and "blocks.0.fc1.weight" in names, _adaptformer),
-    (lambda names: "blocks.0.attn.q_bias" in names, _biases_apart),
+    (lambda names: "blocks.0.attn.q_bias" in names or _without_biases(names), _biases_apart),
     (lambda names: any(n.startswith("decoder") or "feature_pred." in n for n in names), _mae),
     (lambda names: "register_tokens" in names or "mask_token" in names, _dinov2),
     (lambda names: any(_DINO_CHUNK.match(n) for n in names), _dinov2),
     (lambda names: True, _plain),
 )
+
+
+def _without_biases(names: Tensors) -> bool:
+    """Whether these are VideoMAE's blocks built without biases of queries and values."""
+    return names[ANCHOR].ndim == 5 and ("blocks.0.attn.scale" in names or "blocks.0.gamma_1" in names)
 
 
 def to_adaptformer(vit: Mapping[str, Tensor]) -> Tensors:
@@ -322,7 +357,12 @@ def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
         ("decoder tensors", lambda n: decoder and n.startswith(("decoder", "mask_token", "encoder_to_decoder"))),
         ("tensors of the momentum encoder", lambda n: n.startswith("momentum_encoder.")),
         ("text tower tensors", lambda n: n.startswith(_CLIP_TEXT)),
-        ("projection head tensors", lambda n: n.startswith(("head.", "dino_head.", "ibot_head.", "predictor."))),
+        (
+            "projection head tensors",
+            lambda n: n.startswith(
+                ("head.", "dino_head.", "ibot_head.", "predictor.", "projector.", "temporal_order_predictor.")
+            ),
+        ),
     )
     found: list[tuple[str, int]] = []
     for word, belongs in words:

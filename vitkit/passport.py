@@ -25,26 +25,51 @@ FORMAT = 1
 FILE = "passport.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STEMS = {1: "grey", 3: "rgb"}
+KINDS = ("image", "volume", "video")
+_SIDES = {
+    "image": (2, "height and width in pixels, e.g. [224, 224]"),
+    "volume": (3, "voxels along the three axes, e.g. [96, 96, 96]"),
+    "video": (3, "frames, height and width, e.g. [16, 224, 224]"),
+}
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image file to what the model expects: resize, crop, scale to [0, 1], subtract mean, divide by std."""
+    """From a file to what the model expects: resize, crop, scale to [0, 1], subtract mean, divide by std.
+
+    Of volumes and videos, too: `kind` says which, and `image_size` then has three sides.
+    """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    image_size: tuple[int, int] = (224, 224)  # height, width in pixels
+    image_size: tuple[int, ...] = (224, 224)  # height, width in pixels; (a, b, c) voxels; (frames, height, width)
     interpolation: str = "bicubic"
     crop_pct: float = 1.0  # the short side is resized to image_size / crop_pct before the crop
     channels: str = ""  # "rgb", "grey", or "multi" for other counts; follows from the mean when not given
     crop_mode: str = "center"
+    kind: str = "image"  # "image", "volume" or "video"
+    window: tuple[float, float] | None = (
+        None  # volumes: (low, high) in the file's units become 0 and 1; None: percentiles
+    )
+    spacing: tuple[float, float, float] | None = None  # volumes: millimetres of a voxel; None: as the file has it
+    frame_stride: int = 4  # videos: every so many frames of the file is one of the clip
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for name in ("mean", "std", "window", "spacing"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         object.__setattr__(self, "image_size", tuple(int(value) for value in self.image_size))
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise WeightsError(f"image_size is {self.image_size}", fix="height and width in pixels, e.g. [224, 224]")
+        if self.kind not in KINDS:
+            raise WeightsError(f"kind is {self.kind!r}", fix=f"one of {', '.join(KINDS)}")
+        sides, words = _SIDES[self.kind]
+        if len(self.image_size) != sides or min(self.image_size) < 1:
+            raise WeightsError(f"image_size is {self.image_size}", fix=words)
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise WeightsError(f"window is {self.window}", fix="(low, high) in the file's units, low first")
+        if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
+            raise WeightsError(f"spacing is {self.spacing}", fix="three lengths in mm, e.g. [1.5, 1.5, 1.5]")
+        if self.frame_stride < 1:
+            raise WeightsError(f"frame_stride is {self.frame_stride}", fix="1 or more frames")
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise WeightsError(
                 f"mean {self.mean} and std {self.std} do not fit", fix="one mean and one positive std a channel"
@@ -61,7 +86,8 @@ class Preprocess:
         return len(self.mean)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Pixels (B, C, H, W), uint8 or floating in [0, 1], to what the model takes: float32 on `x`'s device."""
+        """Pixels (..., C, H, W) of images or (..., C, a, b, c) of volumes and videos, uint8 or floating in [0, 1], to what
+        the model takes: float32 on `x`'s device."""
         mean, std = self._constants(x)
         x = x.to(torch.float32).div(255) if x.dtype == torch.uint8 else x.to(torch.float32)
         return x.sub(mean).div(std)
@@ -83,12 +109,14 @@ class Preprocess:
         return found
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim < 3 or x.shape[-3] != self.in_chans:
+        sides = _SIDES[self.kind][0]
+        if x.ndim <= sides or x.shape[-1 - sides] != self.in_chans:
+            axes = {"image": "height, width", "volume": "a, b, c", "video": "frames, height, width"}[self.kind]
             raise WeightsError(
-                f"images of shape {tuple(x.shape)} for a model of {self.in_chans} channels ({self.channels})",
-                fix=f"pass (batch, {self.in_chans}, height, width)",
+                f"{self.kind}s of shape {tuple(x.shape)} for a model of {self.in_chans} channels ({self.channels})",
+                fix=f"pass (batch, {self.in_chans}, {axes})",
             )
-        return _column(self.mean, x.device), _column(self.std, x.device)
+        return _column(self.mean, x.device, sides), _column(self.std, x.device, sides)
 
 
 @dataclass(frozen=True)
@@ -212,7 +240,7 @@ def _words(value: Any) -> str:
 
 
 @lru_cache(maxsize=64)
-def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1) on the device, made once: a copy to the device in every step would make the host wait."""
+def _column(values: tuple[float, ...], device: torch.device, sides: int) -> Tensor:
+    """(C, 1, 1) or (C, 1, 1, 1) on the device, made once: a copy to the device in every step would make the host wait."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, *[1] * sides)

@@ -42,16 +42,24 @@ class Inputs:
     """keywords of the architecture that differ from its name, e.g. {embed_dim: 64, depth: 4, num_heads: 4}"""
     pretrained: bool = True
     """load the released weights of a timm name; false starts from random ones"""
-    patch_size: int | None = None
+    patch_size: int | tuple[int, ...] | None = None
     """pixels of a patch; by default the model's own (released patch projections are resampled)"""
-    image_size: int | tuple[int, int] | None = None
-    """pixels of the crop that the model sees; by default the model's own"""
-    in_chans: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour; by default the model's own"""
+    image_size: int | tuple[int, ...] | None = None
+    """pixels of the crop that the model sees; three sides for volumes (a,b,c) and videos (frames,height,width); by default
+    the model's own"""
+    frame_stride: int | None = None
+    """videos: every so many frames of a file is one of a clip; by default the model's own (4 where nothing is recorded)"""
+    in_chans: int | None = None
+    """1 for grey, 3 for colour, any number for volumes; by default the model's own"""
     mean: tuple[float, ...] | None = None
     """channel means in [0, 1] to subtract, for a model trained from nothing; by default the model's own"""
     std: tuple[float, ...] | None = None
     """channel deviations to divide by, for a model trained from nothing; by default the model's own"""
+    window: tuple[float, float] | None = None
+    """volumes: (low, high) in the files' units that become 0 and 1, e.g. -175,250 for CT; by default the model's own, or
+    percentiles of each volume"""
+    spacing: tuple[float, float, float] | None = None
+    """volumes: millimetres of a voxel along right, anterior, superior; by default the model's own or the file's"""
     label_columns: tuple[str, ...] | None = None
     """columns of a table that hold labels; by default recognised and said aloud"""
     image_column: str | None = None
@@ -111,9 +119,11 @@ class Train:
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """optimiser"""
     lr: float | Literal["auto"] = "auto"
-    """peak learning rate; auto = blr x effective batch / 256"""
+    """peak learning rate; auto = blr scaled to the effective batch by lr_rule"""
     blr: float = 1e-3
-    """base learning rate for 256 images a step"""
+    """base learning rate for 256 images a step (1024 with lr_rule sqrt)"""
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """how the rate grows with the effective batch: blr x batch / 256, or blr x sqrt(batch / 1024)"""
     min_lr: float = 0.0
     """learning rate at the end of the cosine"""
     warmup_epochs: float = 0.0
@@ -164,6 +174,10 @@ class Classify:
     """alpha of cutmix; 0 = off"""
     smoothing: float = 0.0
     """label smoothing of single-label cross-entropy"""
+    test_clips: int = 1
+    """videos: clips of each test video whose probabilities are averaged; published: 5 for Kinetics, 2 for SSv2, 16 at most"""
+    test_crops: int = 1
+    """videos: crops along the long side of each of these clips; published: 3"""
     select: Literal["best", "last"] = "best"
     """weights kept: of the epoch with the best validation score, or of the last; the test split is read once, after"""
     metric: Literal[
@@ -191,7 +205,10 @@ class Task:
 # What `vitkit evaluate --protocols` takes: heads on cached features, methods of `vitkit adapt`, decoders for masks.
 FROZEN = ("knn", "linear", "mlknn", "linear_grid", "few_shot")
 TRAINED = ("full", "lora", "bitfit", "adaptformer", "dvpt", "vpt")
-SEGMENTING = ("segment_linear", "segment_unet", "segment_light")
+SEGMENTING = ("segment_linear", "segment_unet", "segment_light", "segment_upernet", "segment_pyramid")
+
+METADATA = "metadata"
+CLEANLINESS = "cleanliness"
 
 
 @dataclass(frozen=True)
@@ -200,7 +217,8 @@ class Evaluate:
 
     protocols: tuple[str, ...] | Literal["auto"] = "auto"
     """knn, linear, mlknn, linear_grid, few_shot on cached features; full, lora, bitfit, adaptformer, dvpt, vpt train;
-    segment_linear, segment_unet, segment_light for masks; auto = knn,linear, or segment_linear,segment_unet for masks"""
+    segment_linear, segment_unet, segment_light, segment_upernet, segment_pyramid for masks; metadata for other columns of
+    a table; cleanliness of patch features; auto = knn,linear, or segment_linear,segment_unet for masks"""
     out: str | None = None
     """folder for the report, predictions and cached features; by default nothing is written (trained protocols need it)"""
     k: int | Literal["auto"] = "auto"
@@ -223,17 +241,27 @@ class Evaluate:
     """segment_*: learning rates tried (published: 1e-4,5e-4,1e-3,5e-3,1e-2,5e-2,1e-1)"""
     mask_epochs: int = 30
     """segment_*: passes over the cached feature maps for each rate"""
+    mask_width: int = 128
+    """segment_upernet, segment_pyramid: channels of the decoder (published: 512 and 256; the work grows with its square)"""
     mask_loss: Literal["dice", "dice_ce"] = "dice"
     """segment_*: soft Dice, or Dice + cross-entropy"""
+    before: str | None = None
+    """cleanliness: another model (name, file, run) to measure on the same images, such as the one that was cleaned"""
+    metadata_columns: tuple[str, ...] | None = None
+    """metadata: columns of the table to predict, numbers or classes by what they hold, or as said: age,sex,grade:class"""
+    metadata_folds: int = 0
+    """metadata: 0 = the data's splits; 3 or more = every image scored by a model of the other folds, patients whole"""
+    permutations: int = 200
+    """metadata: fits to shuffled values behind the chance level; 0 = none"""
     rescale: bool = False
     """segment_*: stretch each channel of each picture to [0, 1] first, as the radiology benchmark does"""
 
     def __post_init__(self) -> None:
         from vitkit.errors import ConfigError
 
-        for name in ("grid_epochs", "epochs", "mask_epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="at least 1")
+        for name, least in (("grid_epochs", 1), ("epochs", 1), ("mask_epochs", 1), ("mask_width", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix=f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -276,3 +304,26 @@ class Attack:
     """further budgets for the curve of success by budget, in 255ths"""
     max_images: int = 1000
     """attack at most this many of the test images, drawn with `seed`"""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Where features go."""
+
+    out: str = "embeddings"
+    """folder to write: features.npy (N, D), images.csv, gallery.html; or Parquet shards and manifest.json"""
+    format: Literal["auto", "npy", "parquet"] = "auto"
+    """one array with a gallery, or shards for an archive that memory or one day cannot hold; auto = npy, parquet with ray"""
+    shard_rows: int = 10_000
+    """parquet: images a shard; a killed job loses at most the shards it was at"""
+    engine: Literal["local", "ray"] = "local"
+    """this process, or Ray Data: every core, every GPU, or the cluster that RAY_ADDRESS names; both write the same"""
+    actors: int | Literal["auto"] = "auto"
+    """ray: copies of the model at work; auto = one a GPU, or where there is none, one a core"""
+    window_stride: int | None = None
+    """videos: a feature of every window of the model's frames that starts at each so-many-th frame, one file a video, for
+    temporal action detection; published: 4 for THUMOS14, 16 for FineAction"""
+    window_normalise: bool = True
+    """window_stride: false feeds frames without mean and deviation, as the published features were made"""
+    max_bad: float = 0.5
+    """parquet: share of unreadable files of a shard above which it stops; fewer are left out and named in the manifest"""

@@ -25,10 +25,17 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitkit.backbones.embed3d import PatchEmbed3d
 from vitkit.errors import ConfigError, WeightsError
 from vitkit.parts.attention import attention, weights
+from vitkit.parts.patches import patch_pixels
 
 ViT = VisionTransformer | Eva
+RULE_OF = {
+    "image": "timm",
+    "volume": "trilinear",
+    "video": "video",
+}  # of resampling positions, where nothing else is said
 
 
 @dataclass
@@ -60,13 +67,14 @@ class Tokens:
 @dataclass
 class Stream:
     """What flows through the blocks: `x` (B, n + P + K, D), its first n = `prompts` tokens learned ones, and the rotary
-    tables that belong to exactly these patches."""
+    tables that belong to exactly these patches; `done` blocks have run."""
 
     x: Tensor
     rope: Any
     grid: tuple[int, ...]
     keep: Tensor | None = None
     prompts: int = 0
+    done: int = 0
 
 
 def require_vit(vit: nn.Module) -> ViT:
@@ -84,6 +92,11 @@ def require_vit(vit: nn.Module) -> ViT:
             fix="build it with patch_drop_rate=0 (vitkit.weights.load does)",
         )
     return vit
+
+
+def kind_of(vit: nn.Module) -> str:
+    """What a ViT takes: "image", "volume" or "video"."""
+    return getattr(vit.patch_embed, "kind", "image")
 
 
 def grid_of(vit: ViT, size: Sequence[int]) -> tuple[int, ...]:
@@ -140,8 +153,12 @@ def embed(
     keep: Tensor | None = None,
     mask: Tensor | None = None,
     mask_token: Tensor | None = None,
+    patches: Tensor | None = None,
 ) -> Stream:
-    """Everything before the first block: patches, prefix, positions, kept subset, `norm_pre`. Arguments as `encode`."""
+    """Everything before the first block: patches, prefix, positions, kept subset, `norm_pre`. Arguments as `encode`.
+
+    patches: embeddings (B', N, D) of every patch, where they are known already; of `images` only the size is read then.
+    """
     vit = require_vit(vit)
     grid = grid_of(vit, images.shape[2:])
     count = math.prod(grid)
@@ -149,7 +166,7 @@ def embed(
         raise ConfigError(f"keep must be (batch, kept) indices, got {tuple(keep.shape)} for {images.shape[0]} images")
     # Embedding only the kept patches saves the rest; a mask is applied to embeddings, so it needs all of them.
     some = keep if mask is None else None
-    patches = _patches(vit, images, grid, some)  # (B, N or K, D)
+    patches = _patches(vit, images, grid, some) if patches is None else patches  # (B, N or K, D)
     if mask is not None:
         if mask_token is None or mask.shape != (images.shape[0], count):
             raise ConfigError(f"mask needs mask_token and shape {(images.shape[0], count)}, got {tuple(mask.shape)}")
@@ -158,11 +175,11 @@ def embed(
     prefix, positions, rope = _stem(vit, grid, patches)
     if positions is not None:
         patches = patches + (positions if keep is None else _take(positions.expand(images.shape[0], -1, -1), keep))
-    x = vit.pos_drop(torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1))
+    x = vit.pos_drop(torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1))
     prompts = 0
     if hasattr(vit, "front_prompts"):  # learned tokens that run along from the start, e.g. DVPT's
         front = vit.front_prompts()
-        prompts, x = front.shape[1], torch.cat([front.expand(images.shape[0], -1, -1), x], dim=1)
+        prompts, x = front.shape[1], torch.cat([front.expand(x.shape[0], -1, -1), x], dim=1)
     x = vit.norm_pre(x)
     if keep is not None and rope is not None:
         rope = apply_keep_indices_nlc(x, rope, keep)  # (B, ...): one table a sample from here on
@@ -178,12 +195,13 @@ def run(vit: nn.Module, stream: Stream, start: int = 0, stop: int | None = None)
     x, prompts = stream.x, stream.prompts
     blocks = list(vit.blocks)
     again = getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled()
-    for index in range(start, len(blocks) if stop is None else stop):
+    stop = len(blocks) if stop is None else stop
+    for index in range(start, stop):
         kwargs = rope_for(vit, stream.rope, index)
         block, count = blocks[index], x.shape[1]
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if again else block(x, **kwargs)
         prompts += x.shape[1] - count
-    return Stream(x, stream.rope, stream.grid, stream.keep, prompts)
+    return Stream(x, stream.rope, stream.grid, stream.keep, prompts, stop)
 
 
 def rope_for(vit: nn.Module, rope: Any, index: int) -> dict[str, Any]:
@@ -194,11 +212,14 @@ def rope_for(vit: nn.Module, rope: Any, index: int) -> dict[str, Any]:
 
 
 def finish(vit: nn.Module, stream: Stream, *, norm: bool = True) -> Tokens:
-    """Split a stream into `Tokens`, after the final norm when `norm`."""
+    """Split a stream into `Tokens`, after the final norm when `norm`; a ViT may `refine` those of its last block then."""
     x = vit.norm(stream.x) if norm else stream.x
     start, stop = stream.prompts, stream.prompts + vit.num_prefix_tokens
     prompts = x[:, :start] if start else None
-    return Tokens(x[:, start:stop], x[:, stop:], stream.grid, stream.keep, prompts=prompts)
+    found = Tokens(x[:, start:stop], x[:, stop:], stream.grid, stream.keep, prompts=prompts)
+    if norm and stream.done == len(vit.blocks) and hasattr(vit, "refine"):  # e.g. DVT's denoiser
+        return vit.refine(found)
+    return found
 
 
 def feature(vit: nn.Module, images: Tensor) -> Tensor:
@@ -336,20 +357,10 @@ def _patches(vit: ViT, images: Tensor, grid: tuple[int, ...], keep: Tensor | Non
     layer = vit.patch_embed
     if keep is None:
         return _flat(layer(images), vit)
-    if type(layer) is not PatchEmbed or layer.dynamic_img_pad:  # hybrid and volume stems: no shortcut
+    if type(layer) not in (PatchEmbed, PatchEmbed3d) or getattr(layer, "dynamic_img_pad", False):  # hybrid stems
         return _take(_flat(layer(images), vit), keep)
     pixels = patch_pixels(images, layer.patch_size, keep)  # (B, K, C ph pw)
     return layer.norm(F.linear(pixels, layer.proj.weight.flatten(1), layer.proj.bias))
-
-
-def patch_pixels(images: Tensor, patch_size: tuple[int, int], keep: Tensor) -> Tensor:
-    """Pixels (B, K, C * ph * pw), channel slowest, of the patches `keep` (B, K) without touching the other patches."""
-    batch, chans, height, width = images.shape
-    ph, pw = patch_size
-    view = images.reshape(batch, chans, height // ph, ph, width // pw, pw).permute(0, 2, 4, 1, 3, 5)
-    rows = torch.arange(batch, device=images.device).unsqueeze(1)
-    columns = width // pw
-    return view[rows, keep.div(columns, rounding_mode="floor"), keep % columns].flatten(2)
 
 
 def _flat(x: Tensor, vit: ViT) -> Tensor:
@@ -363,7 +374,10 @@ def _stem(vit: ViT, grid: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor
     timm's private `_pos_embed` is the only code that knows prefix order and resampling for every family; run on zeros
     it returns exactly these. Dropout on positions is applied later, on real tokens, so it is kept out here.
     """
-    zeros = like.new_zeros((1, *(grid if vit.dynamic_img_size else (math.prod(grid),)), vit.embed_dim))
+    own = tuple(vit.patch_embed.grid_size)
+    fixed = len(grid) == 3 and own != grid  # timm resamples no grids of three axes: only the prefix is taken from it
+    flat = (math.prod(own if fixed else grid),)
+    zeros = like.new_zeros((1, *(grid if vit.dynamic_img_size else flat), vit.embed_dim))
     drop, training = vit.pos_drop, vit.pos_drop.training
     drop.training = False
     try:
@@ -376,17 +390,15 @@ def _stem(vit: ViT, grid: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor
     rule = _position_rule(vit)
     if vit.pos_embed is None:
         return prefix, None, rope
-    if rule != "timm" and vit.dynamic_img_size and tuple(vit.patch_embed.grid_size) != grid:
+    if fixed or (rule != "timm" and vit.dynamic_img_size and own != grid):
         from vitkit.parts.positions import resample_positions
 
         rows = 0 if vit.no_embed_class else count
-        positions = resample_positions(
-            vit.pos_embed, grid, prefix=rows, rule=rule, old_grid=tuple(vit.patch_embed.grid_size)
-        )[:, rows:]
+        positions = resample_positions(vit.pos_embed, grid, prefix=rows, rule=rule, old_grid=own)[:, rows:]
     return prefix, positions, rope
 
 
 def _position_rule(vit: ViT) -> str:
-    """How positions are resampled to another grid: travels in the passport, timm's rule without one."""
+    """How positions are resampled to another grid: travels in the passport; without one timm's rule, or that of its kind."""
     passport = getattr(vit, "passport", None)
-    return passport.feature.positions if passport is not None else "timm"
+    return passport.feature.positions if passport is not None else RULE_OF[kind_of(vit)]

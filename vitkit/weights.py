@@ -27,15 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkit import tokens
 from vitkit.errors import WeightsError
 from vitkit.parts.adapt_tensors import Geometry, ViT
 from vitkit.parts.building import apply_step, attach_head, build_trunk, trunk_state
 from vitkit.parts.named import from_name
-from vitkit.parts.sources import Report, Source, from_file, from_passport, is_path, require_model, without_weights
+from vitkit.parts.sources import (
+    Report,
+    Source,
+    from_file,
+    from_passport,
+    is_path,
+    kind_of_file,
+    require_model,
+    without_weights,
+)
 from vitkit.parts.statefiles import read_state, save_state, sha256_of
 from vitkit.passport import FILE, Passport
 
-__all__ = ["apply_step", "load", "read_state", "save_run", "save_state", "sha256_of", "trunk_state"]
+__all__ = ["apply_step", "kind", "load", "read_state", "save_run", "save_state", "sha256_of", "trunk_state"]
 MODEL, EXTRAS = "model.safetensors", "extras.safetensors"
 Say = Callable[[str], None] | None
 
@@ -141,6 +151,26 @@ def save_run(
         save_state(Path(folder) / EXTRAS, extras)
     vit.passport.save(folder)
     return path
+
+
+def kind(ref: str | Path, *, arch: str | None = None, arch_kwargs: Mapping[str, Any] | None = None) -> str:
+    """What the model that `ref` names takes, "image", "volume" or "video", without building it; "image" where `load` would
+    refuse `ref` anyway."""
+    if not is_path(ref):
+        from vitkit.parts import architecture, configs
+
+        name = str(ref).split(".")[0]
+        own = configs.zoo().is_model(name) and configs.zoo().model_entrypoint(name).__module__.startswith("vitkit.")
+        if own:
+            return tokens.kind_of(architecture.build(name, {}, meta=True))
+        return str((arch_kwargs or {}).get("kind", "image"))
+    path = Path(ref)
+    folder = _run_folder(path)
+    if folder is not None:
+        return Passport.read(folder).preprocess.kind
+    if not path.exists() or (path.is_dir() and not (path / MODEL).is_file()):
+        return "image"
+    return kind_of_file(path, arch, arch_kwargs)
 
 
 @contextlib.contextmanager

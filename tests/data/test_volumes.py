@@ -187,6 +187,16 @@ def test_series_and_nifti_of_the_same_voxels_are_equal(tmp_path):
     assert (same.data == read.data).all() and np.allclose(same.affine, read.affine) and len(paths) == 3
 
 
+def test_an_inverted_series_keeps_its_values_and_turns_its_pictures(tmp_path):
+    ct_series(tmp_path / "plain", [0, 2, 4])
+    ct_series(tmp_path / "turned", [0, 2, 4], PhotometricInterpretation="MONOCHROME1")
+    plain, turned = (volume.read(tmp_path / name) for name in ("plain", "turned"))
+    assert np.array_equal(plain.data, turned.data) and turned.inverted and not plain.inverted
+    for window in (None, (1020, 40)):
+        assert np.array_equal(volume.to_uint8(turned, window=window), 255 - volume.to_uint8(plain, window=window))
+    assert volume.reorient(turned, "RAS").inverted
+
+
 def test_sagittal_series_are_turned_like_all_others(tmp_path):
     places = iter([0.0, 3.0, 6.0])
     for k in range(3):

@@ -11,7 +11,7 @@ from vitkit.parts.positions import is_sincos, resample_positions, sincos_2d, squ
 
 
 def table(grid, dim=8, prefix=1, seed=0):
-    return torch.randn(1, prefix + grid[0] * grid[1], dim, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, prefix + math.prod(grid), dim, generator=torch.Generator().manual_seed(seed))
 
 
 def test_sincos_follows_its_formula():
@@ -96,3 +96,22 @@ def test_square_grid():
     assert (
         square_grid(196) == (14, 14) and square_grid(195) is None and square_grid(0) is None and square_grid(-3) is None
     )
+
+
+def test_video_rule_goes_frame_by_frame_and_then_along_time():
+    old = table((2, 2, 3), prefix=0)
+    steps = old.reshape(2, 2, 3, 8).permute(0, 3, 1, 2)
+    space = F.interpolate(steps, size=(4, 5), mode="bicubic", align_corners=False)
+    lines = space.permute(1, 2, 3, 0).reshape(1, -1, 2)
+    both = F.interpolate(lines, size=6, mode="linear", align_corners=False).reshape(8, 4, 5, 6).permute(3, 1, 2, 0)
+    new = resample_positions(old, (6, 4, 5), prefix=0, rule="video", old_grid=(2, 2, 3))
+    torch.testing.assert_close(new, both.reshape(1, -1, 8))
+    only = resample_positions(old, (2, 4, 5), prefix=0, rule="video", old_grid=(2, 2, 3))
+    torch.testing.assert_close(only, space.permute(0, 2, 3, 1).reshape(1, -1, 8))
+
+
+def test_rules_know_how_many_axes_they_are_for():
+    with pytest.raises(WeightsError, match="'timm' is for grids of 2 axes, and this has 3"):
+        resample_positions(table((2, 2, 2), prefix=0), (2, 2, 3), prefix=0, rule="timm", old_grid=(2, 2, 2))
+    with pytest.raises(WeightsError, match="one of timm, dinov2, mae"):
+        resample_positions(table((2, 2)), (3, 3), prefix=1, rule="video", old_grid=(2, 2))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vitkit.errors import ConfigError
-from vitkit.run import cli, config, discover, verbs
+from vitkit.run import cli, config, discover, starting, verbs
 
 NEEDED = {"model": "m", "data": "d", "out": "o"}
 WORDS = ["--model", "m", "--data", "d", "--out", "o"]
@@ -60,7 +60,7 @@ def test_what_a_run_wrote_is_read_back(tmp_path):
         max_steps=1,
         **settings,
     )
-    again = verbs.resolve(verbs.settings_for("adapt", "linear", ["--config", str(run.path / "config.yaml")]))
+    again = starting.resolve(verbs.settings_for("adapt", "linear", ["--config", str(run.path / "config.yaml")]))
     written = yaml.safe_load((run.path / "config.yaml").read_text())
     values = config.plain(again.values)
     assert {key: values[key] for key in written if key in values} == {k: v for k, v in written.items() if k in values}

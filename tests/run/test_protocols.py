@@ -343,7 +343,7 @@ def test_help_and_methods_teach_the_protocols(capsys):
     assert main(["methods", "evaluate"]) == 0
     text = capsys.readouterr().out
     assert all(f"evaluate {name}" in " ".join(text.split()) for name in ("mlknn", "linear_grid", "few_shot", "segment"))
-    assert set(protocols.TRAINED) <= {method.name for method in vitkit.methods("adapt")} and len(SEGMENTING) == 3
+    assert set(protocols.TRAINED) <= {method.name for method in vitkit.methods("adapt")} and len(SEGMENTING) == 5
 
 
 def test_the_command_line_prints_a_line_a_protocol(data, capsys):

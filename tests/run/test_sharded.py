@@ -293,6 +293,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
     data = folder_of(tmp_path / "data", 4)
     for wrong, message in (
         ({"engine": "ray", "format": "npy"}, "engine is ray, which writes Parquet, and format is npy"),
+        ({"format": "npy"}, "shard_rows is 8, and that is for shards"),
         ({"shard_rows": 0}, "shard_rows is 0"),
         ({"max_bad": 2}, "max_bad is 2"),
         ({"out": ""}, "out is empty"),

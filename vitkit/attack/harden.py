@@ -87,6 +87,7 @@ class Harden(Adaptation):
     """A model and its public trunk. The model keeps the head it has for `task`'s classes."""
 
     keeps_head = True
+    kinds = ("image",)
 
     def __init__(self, vit: nn.Module, settings: Settings = Settings(), *, task: Task, classify: Classify = Classify()):
         from vitkit.attack.dta import DTA

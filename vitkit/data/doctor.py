@@ -104,14 +104,25 @@ def check(
     `progress(done, total)` is called now and then; `workers` threads decode (by default the cores, at most 8).
     Never raises for bad data: data that cannot be indexed at all are a report with one error.
     """
+    from . import video_check
+
+    if "kind" not in how and video_check.are_videos(spec):
+        how["kind"] = "video"
     try:
         images = read(spec, **how)
     except DataError as error:
         report = CheckReport(str(spec))
         report.problems.append(Problem("error", f"the data cannot be read: {error.what}", [], error.fix or ""))
         return report
-    seen = _look(images, progress, workers or min(8, os.cpu_count() or 1))
     report = CheckReport(images.name, list(images.understood))
+    if images.kind == "video":
+        for severity, kind, files, advice in video_check.problems(images, report.facts, workers or 2):
+            _add(report, severity, kind, files, advice)
+        _groups(report, images)
+        _labels(report, images)
+        report.problems.sort(key=lambda problem: SEVERITIES.index(problem.severity))
+        return report
+    seen = _look(images, progress, workers or min(8, os.cpu_count() or 1))
     _broken(report, images, seen)
     _duplicates(report, images, seen)
     _groups(report, images)

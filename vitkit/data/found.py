@@ -42,6 +42,7 @@ class Found:
     said: list[str] = field(default_factory=list)
     rows: np.ndarray | None = None  # row of every picture in `store` (and of its mask); None: 0, 1, 2, ...
     frames: np.ndarray | None = None  # the frame that a table asks for, -1 for all (DICOM and NIfTI only)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # kept text, see Images.columns
 
     def keep(self, index: np.ndarray) -> None:
         """Leave only the pictures at `index`."""
@@ -51,6 +52,7 @@ class Found:
         self.split = None if self.split is None else self.split[index]
         self.group = None if self.group is None else self.group[index]
         self.frames = None if self.frames is None else self.frames[index]
+        self.columns = {name: cells[index] for name, cells in self.columns.items()}
 
 
 def split_name(word: str) -> str | None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Store(Protocol):
         """The encoded bytes; None where there are only pixels."""
 
     def array(self, row: int) -> np.ndarray:
-        """uint8 (H, W) or (H, W, 3)."""
+        """uint8 (H, W) or (H, W, 3); a store with a `kind` gives what the views of that kind take."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Images:
     names: list[str]  # short and stable: relative to the data set, used in split files and the fingerprint
     masks: Masks | None = None
     understood: list[str] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # kept columns: (N,) tuples of the texts of each picture
 
     def __post_init__(self) -> None:
         n = len(self.rows)
@@ -103,8 +104,9 @@ class Images:
 
     @property
     def in_memory(self) -> bool:
-        """Whether pixels are already decoded (.npz, digits), so that worker processes would not help."""
-        return hasattr(self.store, "parts")
+        """Whether pixels are already decoded (.npz, digits) or soon will be (few volumes), so that worker processes would not
+        help."""
+        return getattr(self.store, "in_memory", hasattr(self.store, "parts"))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -112,17 +114,31 @@ class Images:
         found = {split: int((self.split == split).sum()) for split in SPLITS}
         return {split: n for split, n in found.items() if n}
 
+    @property
+    def kind(self) -> str:
+        """What an entry is: "image", or "volume", "video", "frames" as `read(kind=...)` found it."""
+        return getattr(self.store, "kind", "image")
+
     def path(self, i: int) -> str:
         """The file of picture `i`, without listing all of them."""
         return self.store.name(int(self.rows[i]))
 
-    def decode(self, i: int) -> Tensor:
-        """uint8 (C, H, W) with C = 1 (grey) or 3 (RGB). Raises DataError naming the file when it is damaged."""
+    def decode(self, i: int) -> Any:
+        """uint8 (C, H, W) with C = 1 (grey) or 3 (RGB); of other kinds whatever their store gives to their views. Raises
+        DataError naming the file when it is damaged."""
         array = self.store.array(int(self.rows[i]))
+        if self.kind != "image":
+            return array
         tensor = torch.from_numpy(array)
         return (
             tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
         )  # channels last in memory: resizes 1.7x faster
+
+    def picture(self, i: int) -> Tensor:
+        """uint8 (C, H, W) to look at: the picture itself; of other kinds what the entry's own `picture()` gives, such as the
+        middle frame of a video."""
+        entry = self.decode(i)
+        return entry if isinstance(entry, Tensor) else entry.picture()
 
     def mask(self, i: int) -> Tensor:
         """uint8 (H, W): the class number of every pixel of picture `i`."""
@@ -153,6 +169,7 @@ class Images:
             rows=self.rows[index],
             names=[self.names[i] for i in index.tolist()],
             understood=list(self.understood),
+            columns={name: cells[index] for name, cells in self.columns.items()},
         )
 
     def part(self, *splits: str) -> Images:
@@ -197,4 +214,6 @@ class Images:
                 h.update(self.masks.store.stamp(row).encode())
         if self.labels is not None:
             h.update(np.ascontiguousarray(self.labels).tobytes())
+        for name, cells in self.columns.items():
+            h.update(repr((name, cells.tolist())).encode())
         return h.hexdigest()

@@ -45,10 +45,11 @@ def loader(
 ) -> Batches:
     """One epoch of batches from batch number `start` on.
 
-    A batch: "image" uint8 (B, C, H, W), "label" int64 (B,) or float32 (B, K) when there are labels, "index" int64
-    (B,) into `images`, "seed" int64 (B,) for the model's own randomness about each picture, "bad" the files that
-    failed. The last, incomplete global batch is dropped (`drop_last`) or divided between the ranks as evenly as can
-    be; then up to `world - 1` images that cannot be divided are left out, so that all ranks see as many batches.
+    A batch: "image" uint8 (B, C, H, W) or what else `view` makes (the entries of a dict come under their own names),
+    "label" int64 (B,) or float32 (B, K) when there are labels, "index" int64 (B,) into `images`, "seed" int64 (B,) for
+    the model's own randomness about each picture, "bad" the files that failed. The last, incomplete global batch is
+    dropped (`drop_last`) or divided between the ranks as evenly as can be; then up to `world - 1` images that cannot be
+    divided are left out, so that all ranks see as many batches.
 
     A damaged file is replaced by the next good image in index order (the augmentation's seed stays that of its
     place). When more than the fraction `max_bad` of `images` failed in this epoch, DataError names them; with
@@ -195,20 +196,20 @@ class Samples(Dataset):
         return self.__getitems__([key])[0]
 
     def _sample(self, seed: int, epoch: int, wanted: int) -> Batch:
-        bad, errors, image, index = [], [], None, wanted
+        bad, errors, seen, index = [], [], None, wanted
+        number = sample_seed(seed, epoch, wanted)
         for shift in range(self.tries):
             index = (wanted + shift) % len(self.images)
             try:
                 image = self.images.decode(index)
+                seed_generators(number)
+                seen = self.view(image)  # of a video it is the view that decodes
                 break
             except DataError as error:
                 bad.append(self.images.path(index))
                 errors.append(str(error))
-        number = sample_seed(seed, epoch, wanted)
-        sample = {"image": image, "index": index, "seed": number, "bad": bad, "errors": errors}
-        if image is not None:
-            seed_generators(number)
-            sample["image"] = self.view(image)
+        sample = {"index": index, "seed": number, "bad": bad, "errors": errors}
+        sample |= seen if isinstance(seen, dict) else {"image": seen}
         if self.images.labels is not None:
             sample["label"] = self.images.labels[index]
         return sample
@@ -249,7 +250,8 @@ def collate(samples: list[Batch]) -> Batch:
         batch[name] = torch.tensor([s[name] for s in samples], dtype=torch.int64)
     if any(s["image"] is None for s in samples):
         return {**batch, "image": None}
-    batch["image"] = default_collate([s["image"] for s in samples])  # in a worker: straight into shared memory
+    for name in samples[0].keys() - batch.keys() - {"label"}:
+        batch[name] = default_collate([s[name] for s in samples])  # in a worker: straight into shared memory
     if "label" in samples[0]:
         batch["label"] = torch.from_numpy(np.stack([s["label"] for s in samples]))
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,12 @@ from .stores import FileStore
 from .unfold import unfold
 
 BUILT_IN = ("digits",)
+READERS = {
+    "image": ("sources", "_find"),
+    "volume": ("volumes", "read_volumes"),
+    "video": ("video", "read_videos"),
+    "frames": ("frames", "read_frames"),
+}
 _ACCEPTED = "a folder, a .csv, .parquet or .npz file, tar shards, a DICOM or NIfTI file, or " + ", ".join(BUILT_IN)
 
 
@@ -36,6 +43,8 @@ def read(
     frames: str | int = "all",
     plane: str = "axial",
     window: tuple[float, float] | None = None,
+    kind: str = "image",
+    keep_columns: str | Sequence[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> Images:
     """Index a data set: a folder (class folders, splits above them, images/ + masks/, or no labels), a table, an .npz,
@@ -45,19 +54,29 @@ def read(
     kept; missing ones are drawn with `split_seed` (see `splits.complete`). `deep`: what 16-bit pictures become, see
     `pixels`. DICOM and NIfTI: every frame and slice is an image; `frames` takes "all", the "middle" one or so many of
     each volume, `plane` says how NIfTI is cut (axial, coronal, sagittal), `window` is (centre, width) in HU or the
-    file's units instead of the file's own. `say` gets every sentence of `Images.understood`. Raises DataError naming
-    file, value and fix.
+    file's units instead of the file's own. `kind`: what one entry is: an "image", a whole "volume", a "video", or a place in a
+    stream of "frames"; a model of volumes or videos asks for its own. `keep_columns`: columns of a table whose text stays in
+    `Images.columns`. `say` gets every sentence of
+    `Images.understood`. Raises DataError naming file, value and fix.
     """
     if isinstance(spec, Images):
         return spec
+    if kind not in READERS:
+        raise ConfigError(f"kind={kind!r}", fix=f"one of {', '.join(READERS)}")
     if deep not in DEEP:
         raise ConfigError(f"deep={deep!r} is not a way to read 16-bit images", fix=f"one of {', '.join(DEEP)}")
     if isinstance(label_columns, str):
         label_columns = label_columns.split(",")
     labels = None if label_columns is None else [name.strip() for name in label_columns if name.strip()]
-    columns = tables.Columns(image_column, labels, mask_column, group_column)
+    kept = (keep_columns,) if isinstance(keep_columns, str) else tuple(dict.fromkeys(keep_columns))
+    columns = tables.Columns(image_column, labels, mask_column, group_column, kept)
     how = How(frames, plane, window)
-    found = unfold(_find(spec, columns, deep), how)
+    if kind == "image":
+        found = unfold(_find(spec, columns, deep), how)
+    else:
+        # Streams are cut by time, which only their reader can do.
+        shares = {"val": val_fraction, "test": test_fraction} if kind == "frames" else {}
+        found = _reader(kind)(spec, columns, **shares)
     if how != How() and not isinstance(found.store, ScanStore):
         raise ConfigError(f"{spec}: frames, plane and window are for DICOM and NIfTI", fix="leave them out")
     images = _finish(found, val=val_fraction, test=test_fraction, seed=split_seed)
@@ -65,6 +84,12 @@ def read(
         for sentence in images.understood:
             say(sentence)
     return images
+
+
+def _reader(kind: str) -> Callable[..., Found]:
+    """The function that reads data whose entries are no single pictures."""
+    module, name = READERS[kind]
+    return getattr(importlib.import_module(f"vitkit.data.{module}"), name)
 
 
 def _find(spec: str | Path, columns: tables.Columns, deep: str) -> Found:
@@ -214,6 +239,7 @@ def _finish(found: Found, *, val: float, test: float, seed: int) -> Images:
         rows=np.arange(n) if found.rows is None else found.rows,
         names=found.names,
         masks=found.masks,
+        columns=found.columns,
         understood=found.said,
     )
     images = complete(images, found.split, val=val, test=test, seed=seed)

@@ -65,11 +65,12 @@ class Columns:
     labels: list[str] | None = None  # [] = read without labels
     mask: str | None = None
     group: str | None = None
+    keep: tuple[str, ...] = ()  # carried along as text
 
     @property
     def by_hand(self) -> list[str]:
         """All columns that were named."""
-        return [name for name in (self.image, self.mask, self.group, *(self.labels or ())) if name]
+        return [name for name in (self.image, self.mask, self.group, *(self.labels or ()), *self.keep) if name]
 
 
 def read_table(path: Path, columns: Columns, deep: str) -> Found:
@@ -89,6 +90,7 @@ def read_table(path: Path, columns: Columns, deep: str) -> Found:
         groups = count(len(set(values)), "group")
         found.said.append(f"groups from column {group_column!r}: {groups}, never divided between splits")
         used.add(group_column)
+    found.columns = {name: _cells(table[name].tolist()) for name in columns.keep}
     mask_column = columns.mask or (_mask_column(table, path, used) if columns.labels is None else None)
     if mask_column:
         _masks(found, table, path, mask_column)
@@ -142,6 +144,13 @@ def _text(value: object, path: Path, column: str) -> str:
         isinstance(value, (float, np.floating)) and float(value).is_integer()
     )
     return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+
+
+def _cells(values: list[str]) -> np.ndarray:
+    """(N,) objects: each a tuple of one text, or of none."""
+    cells = np.empty(len(values), object)
+    cells[:] = [(value,) if value else () for value in values]
+    return cells
 
 
 def _pictures(table: pd.DataFrame, path: Path, columns: Columns, deep: str) -> tuple[Found, set[str]]:
@@ -289,6 +298,8 @@ def _once(found: Found, path: Path) -> None:
                 if what == "label"
                 else "keep one of the rows",
             )
+        for cells in found.columns.values():  # the texts of all its rows belong to the picture
+            cells[first[name]] = tuple(dict.fromkeys(cells[first[name]] + cells[row]))
     if again:
         found.said.append(f"{count(len(again), 'repeated row')} of the same picture left out")
         found.keep(np.setdiff1d(np.arange(len(found.names)), again))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import ConfigError
 
-View = Callable[[Tensor], Tensor]
+View = Callable[[Any], Any]  # a picture to a picture; of other kinds, and of several views at once, see `loader`
 RATIO = (3 / 4, 4 / 3)  # width / height of random crops, in every recipe that vitkit follows
 _POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*")
 _INTERPOLATIONS = {
@@ -39,7 +39,7 @@ class Preprocess(Protocol):
     @property
     def mean(self) -> tuple[float, ...]: ...
     @property
-    def image_size(self) -> tuple[int, int]: ...  # (height, width)
+    def image_size(self) -> tuple[int, ...]: ...  # (height, width)
     @property
     def interpolation(self) -> str: ...
     @property
@@ -49,7 +49,10 @@ class Preprocess(Protocol):
 
 
 def pretrain_view(preprocess: Preprocess, *, scale: tuple[float, float] = (0.2, 1.0), hflip: bool = True) -> View:
-    """The one augmentation of masked autoencoders: a random resized crop of `scale` of the area, and a flip."""
+    """The one augmentation of masked autoencoders: a random resized crop of `scale` of the area, and a flip; volumes and
+    videos have their own (`volume_views`, `video_views`)."""
+    if (own := _own_views(preprocess)) is not None:
+        return own.pretrain_view(preprocess, scale=_range(scale), hflip=hflip)
     return TrainView(preprocess, scale=_range(scale), hflip=hflip)
 
 
@@ -67,6 +70,8 @@ def finetune_view(
     """
     if not 0 <= rotate <= 180:
         raise ConfigError(f"rotate={rotate:g}", fix="degrees from 0 to 180")
+    if (own := _own_views(preprocess)) is not None:
+        return own.finetune_view(preprocess, scale=_range(scale), hflip=hflip, randaug=randaug, rotate=rotate)
     if randaug is not None and not _POLICY.fullmatch(randaug):
         fix = 'spell it as in timm, e.g. "rand-m6-mstd0.5-inc1" (m, n, p, mstd, mmax, inc), or None'
         raise ConfigError(f"randaug={randaug!r} is no RandAugment policy", fix=fix)
@@ -79,7 +84,18 @@ def eval_view(preprocess: Preprocess) -> View:
     Non-square sizes: the picture is scaled until it just covers (height, width) / crop_pct. `crop_mode` "squash"
     resizes both sides to their target instead, "border" pads the short side with the mean. Equals timm's transforms.
     """
-    return EvalView(preprocess)
+    own = _own_views(preprocess)
+    return EvalView(preprocess) if own is None else own.eval_view(preprocess)
+
+
+def _own_views(preprocess: Preprocess) -> Any:
+    """The module with the views of volumes or videos; None for images."""
+    kind = getattr(preprocess, "kind", "image")
+    if kind == "image":
+        return None
+    from . import video_views, volume_views
+
+    return {"volume": volume_views, "video": video_views}[kind]
 
 
 @dataclass(frozen=True)

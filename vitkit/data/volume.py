@@ -60,6 +60,7 @@ class Volume:
     affine: np.ndarray
     modality: str = ""
     notes: tuple[str, ...] = ()
+    inverted: bool = False  # MONOCHROME1: small values are the bright ones
 
     @property
     def grid(self) -> Grid:
@@ -213,8 +214,9 @@ def _series(headers: Sequence[Any], name: str) -> Volume:
     planes = [dicom.values(one.path, frame=one.frame) for one in found.slices]
     notes = list(found.notes)
     if headers[0].photometric == "MONOCHROME1":
-        notes.append("MONOCHROME1: values are as measured, small means bright")
-    return _volume(np.stack(planes), series.affine(found), name, headers[0].modality, notes)
+        notes.append("MONOCHROME1: values are as measured, small means bright; pictures are turned over")
+    read = _volume(np.stack(planes), series.affine(found), name, headers[0].modality, notes)
+    return replace(read, inverted=headers[0].photometric == "MONOCHROME1")
 
 
 def _volume(data: np.ndarray, matrix: np.ndarray, source: str, modality: str, notes: list[str]) -> Volume:
@@ -281,7 +283,10 @@ def limits(data: np.ndarray, percentiles: tuple[float, float] = PERCENTILES) -> 
 def to_uint8(
     volume: Volume | np.ndarray, *, window: Window | None = None, percentiles: tuple[float, float] = PERCENTILES
 ) -> np.ndarray:
-    """(D, H, W) uint8: (centre, width) in the volume's units, or its own percentiles, the same for all its slices."""
+    """(D, H, W) uint8: (centre, width) in the volume's units, or its own percentiles, the same for all its slices. Of an
+    `inverted` volume (MONOCHROME1) bright means bright afterwards."""
+    if isinstance(volume, Volume) and volume.inverted:
+        return np.uint8(255) - to_uint8(volume.data, window=window, percentiles=percentiles)
     data = volume.data if isinstance(volume, Volume) else volume
     window = require_window(window)
     if window is not None:

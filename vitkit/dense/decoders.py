@@ -1,4 +1,4 @@
-"""Decoders from a frozen ViT's feature maps to masks: linear, U-Net-style, light convolutional, and slices as a volume.
+"""Decoders from a frozen ViT's feature maps to masks: linear, U-Net-style, light convolutional, pyramids, and volumes.
 
 All take `maps`, a list of feature maps (B, D, h, w) of consecutive last blocks after the final norm, oldest first, as
 `vitkit.tokens.maps(vit, images, layers=n)` gives them, and `size`, the size of the masks; they return logits
@@ -7,6 +7,7 @@ All take `maps`, a list of feature maps (B, D, h, w) of consecutive last blocks 
 `LinearDecoder` and `UNetDecoder` are those of the radiology benchmark (arXiv 2312.02366, MohammedSB/DINOv2ForRadiology),
 with its tensor names, so that its heads load. `LightDecoder` and `VolumeDecoder` follow the text of the DINOv3 medical
 benchmark (arXiv 2509.06467), which publishes neither code nor widths: layers and widths are ours, and arguments.
+`UPerNetDecoder` and `PyramidDecoder` have files of their own, `upernet` and `simple_pyramid`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from vitkit.dense.simple_pyramid import PyramidDecoder
+from vitkit.dense.upernet import UPerNetDecoder
 from vitkit.errors import ConfigError
 
 Size = tuple[int, ...]
@@ -151,4 +154,11 @@ class VolumeDecoder(nn.Module):
         return F.interpolate(self.head(x), size=whole, mode="trilinear", align_corners=False)
 
 
-DECODERS: dict[str, type[nn.Module]] = {"linear": LinearDecoder, "unet": UNetDecoder, "light": LightDecoder}
+DECODERS: dict[str, type[nn.Module]] = {
+    "linear": LinearDecoder,
+    "unet": UNetDecoder,
+    "light": LightDecoder,
+    "upernet": UPerNetDecoder,
+    "pyramid": PyramidDecoder,
+}
+WIDE = ("upernet", "pyramid")  # decoders whose channels are a setting

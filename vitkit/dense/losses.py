@@ -12,16 +12,26 @@ from torch import Tensor
 UNKNOWN = 255
 
 
-def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
-    """Mean over images and classes (background included) of 1 - (2 sum p g + s) / (sum p + sum g + s), p = softmax."""
+def dice_loss(
+    logits: Tensor, target: Tensor, *, smooth: float = 1e-5, over: float | None = None, squared: bool = False
+) -> Tensor:
+    """Mean over images and classes (background included) of 1 - (2 sum p g + s) / (sum p + sum g + s), p = softmax.
+
+    over: another s above the line. squared: sums of p^2 and g^2 below it. Hi-End-MAE and UNETR take over=0, smooth=1e-6,
+    squared=True.
+    """
     known = target != UNKNOWN
     one_hot = F.one_hot(torch.where(known, target, 0).long(), logits.shape[1]).movedim(-1, 1)
     inside = known.unsqueeze(1)
     p, g = (logits.softmax(1) * inside).flatten(2), (one_hot * inside).flatten(2).to(logits.dtype)
-    overlap, total = (p * g).sum(-1), p.sum(-1) + g.sum(-1)  # (B, C)
-    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+    overlap = (p * g).sum(-1)  # (B, C)
+    total = (p.square() if squared else p).sum(-1) + g.sum(-1)  # g is 0 or 1: its own square
+    return (1 - (2 * overlap + (smooth if over is None else over)) / (total + smooth)).mean()
 
 
-def dice_ce_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+def dice_ce_loss(
+    logits: Tensor, target: Tensor, *, smooth: float = 1e-5, over: float | None = None, squared: bool = False
+) -> Tensor:
     """`dice_loss` + cross-entropy over known pixels, weights 1 and 1."""
-    return dice_loss(logits, target, smooth=smooth) + F.cross_entropy(logits, target.long(), ignore_index=UNKNOWN)
+    dice = dice_loss(logits, target, smooth=smooth, over=over, squared=squared)
+    return dice + F.cross_entropy(logits, target.long(), ignore_index=UNKNOWN)

@@ -21,7 +21,8 @@ from vitkit.data.loader import Order, kept_generators, sample_seed, seed_generat
 from vitkit.data.transforms import to_channels
 from vitkit.errors import DataError
 from vitkit.evaluate import metrics
-from vitkit.run.loop import fit, make_fabric
+from vitkit.run.fabric import make_fabric
+from vitkit.run.loop import fit
 from vitkit.settings import Machine, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which SegFormer's trunk was trained

@@ -6,7 +6,7 @@ arXiv 2509.06467 (the light convolutional decoder and the volume decoder, of whi
 What happens, and where: the last blocks' feature maps of every image are kept in half precision (`cache`); a decoder
 (`vitkit.dense.decoders`) is trained on them for each learning rate by SGD with momentum 0.9, no weight decay, cosine to
 0 by step and soft Dice loss (`train_decoder`); the best foreground IoU on validation wins (`fit_maps`). The protocols
-of `vitkit evaluate` are called segment_linear, segment_unet and segment_light.
+of `vitkit evaluate` are called segment_linear, segment_unet, segment_light, segment_upernet and segment_pyramid.
 
 Differs from the paper: rates are picked by the true foreground IoU, not by the Jaccard that ignores false positives on
 background (`masks.legacy_jaccard`). Rotations are left out: the official image and mask rotations agree only by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkit.backbones.embed3d import PatchEmbed3d
 from vitkit.errors import WeightsError
 from vitkit.parts.positions import resample_positions
 from vitkit.passport import Preprocess
+from vitkit.tokens import kind_of
 
 ViT = Any  # a timm VisionTransformer or Eva: torch's own types say nothing about a module's attributes
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a caller asks the native input to be; None leaves it as the weights have it. Sizes as (height, width)."""
+    """What a caller asks the native input to be; None leaves it as the weights have it. Sizes as (height, width), or with
+    three sides for volumes and videos; one number is the side of a square, a cube, or of a video's frames."""
 
     image_size: int | Sequence[int] | None = None
     in_chans: int | None = None
@@ -28,9 +32,10 @@ class Geometry:
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if value is not None:
-                sides = (value, value) if isinstance(value, int) else tuple(value)
-                if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-                    raise WeightsError(f"{name} is {value!r}", fix="a number of pixels, or (height, width)")
+                sides = (value,) if isinstance(value, int) else tuple(value)
+                if len(sides) > 3 or not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+                    fix = "a number of pixels, (height, width), or three sides for volumes and videos"
+                    raise WeightsError(f"{name} is {value!r}", fix=fix)
                 object.__setattr__(self, name, sides)
         if self.in_chans is not None and self.in_chans < 1:
             raise WeightsError(f"in_chans is {self.in_chans}", fix="at least 1")
@@ -46,17 +51,18 @@ class Geometry:
         own_patch = tuple(getattr(embed, "patch_size", None) or ())
         own_size = tuple(embed.img_size)
         changed: dict[str, Any] = {}
-        if self.patch_size is not None and self.patch_size != own_patch:
+        asked_patch = self._sides("patch_size", own_patch, native)
+        if asked_patch is not None and asked_patch != own_patch:
             if not _plain(native):
                 raise WeightsError(
                     f"patch_size={self.patch_size} with a {type(embed).__name__}, whose patches are not one convolution",
                     fix="keep its patch size",
                 )
-            changed["patch_size"] = [*self.patch_size]  # type: ignore[misc]
+            changed["patch_size"] = [*asked_patch]
         if self.in_chans is not None and self.in_chans != native.in_chans:
             changed["in_chans"] = self.in_chans
-        size: tuple[int, ...] = self.image_size or own_size  # type: ignore[assignment]  # made a tuple above
-        patch: tuple[int, ...] = self.patch_size or own_patch  # type: ignore[assignment]
+        size: tuple[int, ...] = self._sides("image_size", own_size, native) or own_size
+        patch: tuple[int, ...] = asked_patch or own_patch
         for pixels, step in zip(size, patch, strict=True) if patch else ():
             if pixels % step:
                 near = max(step, round(pixels / step) * step)
@@ -67,6 +73,19 @@ class Geometry:
         if tuple(size) != own_size:
             changed["img_size"] = list(size)
         return changed
+
+    def _sides(self, name: str, own: tuple[int, ...], native: ViT) -> tuple[int, ...] | None:
+        """What was asked, one number a side of the model's input; a single number leaves a video's first axis alone."""
+        asked: tuple[int, ...] | None = getattr(self, name)
+        axes = len(native.patch_embed.img_size)
+        if asked is None or len(asked) == axes:
+            return asked
+        if len(asked) == 1:
+            video = kind_of(native) == "video"
+            return (own[0], *asked * (axes - 1)) if video else asked * axes
+        raise WeightsError(
+            f"{name} is {asked} for a model whose input has {axes} axes", fix=f"one number, or {axes} of them"
+        )
 
 
 def adapt_tensors(
@@ -82,13 +101,19 @@ def adapt_tensors(
     if old_patch != new_patch:
         from timm.layers import resample_patch_embed
 
+        if len(new_patch) == 3:
+            raise WeightsError(
+                f"the weights have patches of {_x(old_patch)}, not {_x(new_patch)}, and kernels with three axes are not "
+                "resized",
+                fix="keep the patch size, or pretrained=False",
+            )
         state[conv] = resample_patch_embed(state[conv], list(new_patch))
         say(f"patch size {_x(old_patch)} to {_x(new_patch)}: kernel resized by the pseudo-inverse rule (FlexiViT)")
     old_grid, new_grid = tuple(native.patch_embed.grid_size), tuple(target.patch_embed.grid_size)
     if old_grid != new_grid:
         if "pos_embed" in state:
             table = state["pos_embed"]
-            prefix = table.shape[1] - old_grid[0] * old_grid[1]
+            prefix = table.shape[1] - math.prod(old_grid)
             state["pos_embed"] = resample_positions(table, new_grid, prefix=prefix, rule=rule, old_grid=old_grid)
             say(f"position table {_x(old_grid)} to {_x(new_grid)}: {_RULE_WORDS[rule]}")
         else:
@@ -100,6 +125,9 @@ _RULE_WORDS = {
     "timm": "timm's rule (bicubic, antialiased)",
     "mae": "MAE's rule (bicubic, no antialiasing)",
     "dinov2": "DINOv2's rule (bicubic, no antialiasing, scale factor (new + 0.1) / old)",
+    "trilinear": "trilinear",
+    "video": "bicubic in every time step, then linear along time",
+    "rebuild": "a fresh sinusoid",
 }
 
 
@@ -136,7 +164,7 @@ def _channel_words(own: int, new: int) -> str:
 def _plain(vit: ViT) -> bool:
     from timm.layers import PatchEmbed
 
-    return type(vit.patch_embed) is PatchEmbed
+    return type(vit.patch_embed) in (PatchEmbed, PatchEmbed3d)
 
 
 def _x(sides: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit import tokens
+from vitkit.errors import ConfigError
 from vitkit.parts.heads import class_loss, install_head, set_pooling, soft_cross_entropy
 from vitkit.parts.optim import layer_decay_groups, weight_decay_groups
 from vitkit.settings import Classify, Task
@@ -22,6 +23,7 @@ class Adaptation(nn.Module):
     """
 
     needs_labels = True
+    kinds = ("image", "volume", "video")
 
     def __init__(
         self,
@@ -54,17 +56,34 @@ class Adaptation(nn.Module):
         if self.training and (self.classify.mixup or self.classify.cutmix):
             images, labels = self._mix(images, labels)
         scores = tokens.logits(self.vit, images)
+        return {"loss": self.objective(images, scores, labels), "logits": scores}
+
+    def objective(self, images: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """The loss of class `scores` (B, C) of `images` (as mixed) against hard or soft `labels`."""
         if self.task.kind == "single" and labels.is_floating_point():
-            loss = soft_cross_entropy(scores, labels)
-        else:
-            loss = class_loss(scores, labels, smoothing=self.classify.smoothing if self.training else 0.0)
-        return {"loss": loss, "logits": scores}
+            return soft_cross_entropy(scores, labels)
+        return class_loss(scores, labels, smoothing=self.classify.smoothing if self.training else 0.0)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities (B, C): softmax for one label an image, sigmoid for many."""
+        """Class probabilities (B, C): softmax for one label an image, sigmoid for many. Several views of each video,
+        (B, V, C, T, H, W), give the mean of their probabilities."""
+        if images.ndim == 6:
+            return torch.stack([self.predict(view) for view in images.unbind(1)]).mean(0)
         scores = tokens.logits(self.vit, images).float()
         return scores.softmax(-1) if self.task.kind == "single" else scores.sigmoid()
+
+    def test_view(self, preprocess: Any) -> Any:
+        """The view of test images: of videos as many clips and crops as `classify` asks for."""
+        from vitkit.data.transforms import eval_view
+        from vitkit.data.video_views import test_views
+
+        several = self.classify.test_clips * self.classify.test_crops > 1
+        if not several:
+            return eval_view(preprocess)
+        if preprocess.kind != "video":
+            raise ConfigError("test_clips and test_crops are for videos", fix="leave them out")
+        return test_views(preprocess, segments=self.classify.test_clips, crops=self.classify.test_crops)
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
         if layer_decay != 1.0:

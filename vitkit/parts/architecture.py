@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vitkit.errors import WeightsError
 from vitkit.layouts import ANCHOR, Reading
-from vitkit.parts.configs import BARE, mlp_ratio
+from vitkit.parts.configs import BARE, mlp_ratio, zoo
 from vitkit.parts.positions import square_grid
 
+_SIDES = ("img_size", "patch_size")
 # (width, depth) -> (heads, timm's name of that size). Sizes in the wild with one number of heads, see `num_heads`.
 SIZES: dict[tuple[int, int], tuple[int, str]] = {
     (192, 12): (3, "vit_tiny_patch{}_224"),
@@ -37,14 +38,16 @@ SIZES: dict[tuple[int, int], tuple[int, str]] = {
 def facts(reading: Reading, said: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of a bare VisionTransformer that the shapes of `reading.vit` prove. `said` helps only with the grid.
 
-    Raises WeightsError for video models, foreign blocks, or a grid that cannot be known.
+    Raises WeightsError for foreign blocks, a grid that cannot be known, or three axes of which nobody says whether they
+    are a volume's or a video's.
     """
     vit = reading.vit
     patch = vit[ANCHOR]
-    if patch.ndim != 4:
+    kind = said.get("kind", reading.hints.get("kind"))
+    if patch.ndim == 5 and kind is None:
         raise WeightsError(
-            f"this is a video or volume model (patch embedding {tuple(patch.shape)}); only image models are built here",
-            fix="load its tensors with vitkit.layouts.read",
+            f"the patch embedding has three axes {tuple(patch.shape)}, and nothing says of what",
+            fix='{"kind": "volume"} or {"kind": "video"} in a config.json beside the file, or in arch_kwargs',
         )
     for key in (
         "blocks.0.attn.qkv.weight",
@@ -65,7 +68,7 @@ def facts(reading: Reading, said: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": [int(side) for side in patch.shape[2:]],
         "in_chans": patch.shape[1],
         "mlp_ratio": mlp_ratio(hidden, width),
-        "qkv_bias": "blocks.0.attn.qkv.bias" in vit,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in vit or "blocks.0.attn.qkv.q_bias" in vit,
         "class_token": "cls_token" in vit,
         "reg_tokens": vit["reg_token"].shape[1] if "reg_token" in vit else 0,
         "norm_eps": 1e-6,  # what timm and every author here use; a config may say otherwise
@@ -74,11 +77,14 @@ def facts(reading: Reading, said: Mapping[str, Any]) -> dict[str, Any]:
         "init_values": (1e-5, "blocks.0.ls1.gamma"),
         "qk_norm": (True, "blocks.0.attn.q_norm.weight"),
         "pre_norm": (True, "norm_pre.weight"),
+        "attn_layer": ("cosine", "blocks.0.attn.q_norm.scale"),  # vitkit.parts.cosine_attention
     }
     found |= {key: value for key, (value, name) in optional.items() if name in vit}
     if hidden == 2 * vit["blocks.0.mlp.fc2.weight"].shape[1]:
         found |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
     found |= {key: reading.hints[key] for key in ("norm_eps", "act_layer") if key in reading.hints}
+    if patch.ndim == 5:
+        found["kind"] = kind
     found |= _grid(reading, found, said)
     if "cls_token" not in vit or ("fc_norm.weight" in vit and "norm.weight" not in vit):
         found |= {"global_pool": "avg", "fc_norm": "fc_norm.weight" in vit}
@@ -91,6 +97,8 @@ def _block_keys(vit: Mapping[str, Tensor]) -> list[str]:
 
 def _grid(reading: Reading, found: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """`img_size` and `no_embed_class` from the number of position rows."""
+    if len(found["patch_size"]) == 3:
+        return _grid_3d(reading, found, said)
     table = reading.vit.get("pos_embed")
     if table is None:
         raise WeightsError(
@@ -124,6 +132,31 @@ def _grid(reading: Reading, found: dict[str, Any], said: Mapping[str, Any]) -> d
     )
 
 
+def _grid_3d(reading: Reading, found: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """`img_size` of volumes and videos: as said, or of a cube of patches."""
+    patch, table = found["patch_size"], reading.vit.get("pos_embed")
+    prefix = int(found["class_token"]) + found["reg_tokens"]
+    fixed = bool(said.get("no_embed_class", reading.hints.get("no_embed_class")))
+    size = said.get("img_size", reading.hints.get("img_size"))
+    rows = None if table is None else table.shape[1] - (0 if fixed else prefix)
+    extra = {"no_embed_class": True} if fixed else {}
+    if size is None and rows is not None and found["kind"] == "volume":
+        side = round(rows ** (1 / 3))
+        size = [side * step for step in patch] if side**3 == rows else None
+    if size is None:
+        raise WeightsError(
+            f"the input size cannot be read off the tensors ({'no' if rows is None else rows} position rows, patch "
+            f"{'x'.join(map(str, patch))})",
+            fix='give "img_size": [a, b, c] in a config.json beside the file, or in arch_kwargs',
+        )
+    if rows is not None and math.prod(side // step for side, step in zip(size, patch, strict=True)) != rows:
+        raise WeightsError(
+            f"img_size {list(size)} does not fit the position table: {rows} patch rows, patch {'x'.join(map(str, patch))}",
+            fix="correct img_size in the config",
+        )
+    return {"img_size": list(size), **extra}
+
+
 def num_heads(reading: Reading, found: Mapping[str, Any]) -> tuple[int, str]:
     """Heads of a ViT whose config does not say, and why; WeightsError listing the candidates when it cannot be known."""
     width, depth, patch = found["embed_dim"], found["depth"], found["patch_size"]
@@ -131,7 +164,8 @@ def num_heads(reading: Reading, found: Mapping[str, Any]) -> tuple[int, str]:
     if special:
         return special, f"{reading.kind} has {special} at width {width}"
     fix = 'put {"num_heads": N} into a config.json beside the file, or name the architecture with --arch'
-    shape = f"{width} wide, {depth} deep, patch {patch[0]}x{patch[1]}, {found['img_size'][0]}x{found['img_size'][1]} px"
+    sides, pixels = ("x".join(map(str, found[key])) for key in ("patch_size", "img_size"))
+    shape = f"{width} wide, {depth} deep, patch {sides}, {pixels} px"
     known = SIZES.get((width, depth))
     if known is None or reading.hints.get("biases_apart"):
         options = [n for n in range(1, width + 1) if width % n == 0 and 8 <= width // n <= 128]
@@ -153,7 +187,7 @@ def num_heads(reading: Reading, found: Mapping[str, Any]) -> tuple[int, str]:
 
 def nearest_arch(found: Mapping[str, Any]) -> str | None:
     """The standard timm architecture of most similar width and depth that exists in timm."""
-    import timm
+    timm = zoo()
 
     def distance(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / found["embed_dim"])) + abs(math.log(size[1] / found["depth"]))
@@ -173,8 +207,7 @@ def build(arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, 
     Randomly initialised from torch's global generator. Raises WeightsError for names, classes and keywords that do not
     work, naming the nearest that do.
     """
-    import timm
-
+    timm = zoo()
     ready: dict[str, Any] = {
         "dynamic_img_size": True,
         "patch_drop_rate": 0.0,
@@ -195,6 +228,10 @@ def build(arch: str, kwargs: Mapping[str, Any], *, drop_path_rate: float = 0.0, 
             why = str(error) or "a value or size that its stem cannot divide"  # timm has bare assertions
             raise WeightsError(f"{arch} cannot be built with {_shown(kwargs)}: {why}", fix="correct them") from error
     _require_vit(arch, vit)
+    if getattr(vit.patch_embed, "kind", "") == "video":
+        from vitkit.backbones.video import fix_positions
+
+        fix_positions(vit)
     if untied:
         from vitkit.parts.dinov3 import untie
 
@@ -216,9 +253,7 @@ def _require_vit(arch: str, vit: nn.Module) -> None:
 
 def is_eva(arch: str) -> bool:
     """Whether a timm name or bare class is an `Eva`, whose keywords are called differently."""
-    import timm
-
-    return arch == "Eva" if arch in BARE else timm.model_entrypoint(arch.split(".")[0]).__module__ == "timm.models.eva"
+    return arch == "Eva" if arch in BARE else zoo().model_entrypoint(arch.split(".")[0]).__module__ == "timm.models.eva"
 
 
 def constructor(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +261,15 @@ def constructor(arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     from timm.layers import LayerNorm, SwiGLUPacked
 
     ready: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    kind = ready.pop("kind", "image")
+    if kind != "image" or any(isinstance(ready.get(key), tuple) and len(ready[key]) == 3 for key in _SIDES):
+        from vitkit.backbones import embed3d
+
+        if arch in BARE:
+            if kind == "image":
+                raise WeightsError("sizes with three axes, and nothing says of what", fix="kind=volume or kind=video")
+            ready["embed_layer"] = embed3d.VolumeEmbed if kind == "volume" else embed3d.VideoEmbed
+            ready["dynamic_img_size"] = False
     eps = ready.pop("norm_eps", None)
     if eps is not None:
         ready["norm_layer"] = partial(LayerNorm, eps=float(eps))

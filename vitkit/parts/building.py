@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vitkit import tokens
 from vitkit.errors import WeightsError
 from vitkit.parts import architecture
 from vitkit.parts.adapt_tensors import Geometry, ViT, adapt_pixels, adapt_tensors
@@ -30,7 +31,7 @@ def build_trunk(source: Source, geometry: Geometry, drop_path_rate: float, repor
     kwargs, state = {**source.kwargs, **changed}, source.state
     if changed and state is not None:
         target = architecture.build(source.arch, kwargs, meta=True)
-        state = adapt_tensors(state, native, target, rule=source.positions, say=report)
+        state = adapt_tensors(state, native, target, rule=source.positions or _usual_rule(native), say=report)
         native = target
     if source.ready is not None and not changed:
         vit = source.ready
@@ -45,7 +46,7 @@ def build_trunk(source: Source, geometry: Geometry, drop_path_rate: float, repor
     pixels = adapt_pixels(source.preprocess, vit.in_chans)
     pixels = replace(pixels, image_size=tuple(kwargs.get("img_size", pixels.image_size)))
     asked = {**source.base.get("load", {}), **geometry.given()}
-    asked |= {"positions": source.positions, "rope": source.rope}
+    asked |= {"positions": source.positions or _usual_rule(vit), "rope": source.rope}
     # The hash is of the numbers before they were adapted: resampling differs in its last bits between machines.
     digest = sha256_of(trunk_state(vit) if source.state is None else source.state)
     base = {"kind": source.base["kind"], "ref": source.base["ref"], "sha256": digest, "load": asked}
@@ -118,7 +119,11 @@ def _nearest(state: Mapping[str, Tensor]) -> str | None:
 def _feature(vit: ViT, source: Source) -> Feature:
     """What timm's `forward_head` pools, and which norm made it."""
     norms = [name for name in ("fc_norm", "norm") if not isinstance(getattr(vit, name, nn.Identity()), nn.Identity)]
-    return Feature(vit.global_pool, norms[0] if norms else "none", source.positions, source.rope)
+    return Feature(vit.global_pool, norms[0] if norms else "none", source.positions or _usual_rule(vit), source.rope)
+
+
+def _usual_rule(vit: ViT) -> str:
+    return tokens.RULE_OF[tokens.kind_of(vit)]
 
 
 def _round_periods(vit: ViT, report: Report) -> None:

@@ -29,7 +29,7 @@ _SYNONYMS = {
     "license": "licence",
     "label_names": "classes",
 }
-_PIXELS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+PIXELS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "window", "spacing", "frame_stride")
 # Kept for callers (a decoder's heads are not in its shapes); they say nothing about the trunk.
 _OTHER: tuple[str, ...] = (
     "decoder_embed_dim",
@@ -40,7 +40,7 @@ _OTHER: tuple[str, ...] = (
     "num_classes",
 )
 _OTHER += ("classes", "task", "licence")
-_EXTRA_KEYS = ("norm_eps", "mlp_layer", "act_layer", "untied_norms")
+_EXTRA_KEYS = ("norm_eps", "mlp_layer", "act_layer", "attn_layer", "untied_norms", "kind")
 
 
 @dataclass
@@ -65,7 +65,7 @@ def parse_config(content: Mapping[str, Any], where: str, *, strict: bool = False
     pretrained = flat.pop("pretrained_cfg", None)
     if isinstance(pretrained, Mapping):
         said.timm = True
-        keep = (*_PIXELS, "license")
+        keep = (*PIXELS, "license")
         flat = {**{k: pretrained[k] for k in keep if pretrained.get(k) is not None}, **flat}
         size = pretrained.get("input_size")
         if size is not None:
@@ -83,7 +83,7 @@ def parse_config(content: Mapping[str, Any], where: str, *, strict: bool = False
             said.unused.append("architecture")
     for key, value in flat.items():
         key = _SYNONYMS.get(key, key)
-        if key in _PIXELS:
+        if key in PIXELS:
             said.pixels[key] = value
         elif key in _OTHER:
             said.other[key] = value
@@ -146,10 +146,17 @@ def zoo_model(name: str) -> dict[str, Any] | None:
 
 def known_arch(name: str) -> str | None:
     """`name` as timm or this module can build it (without a "timm/" in front), or None."""
+    name = name.removeprefix("timm/")
+    return name if name in BARE or zoo().is_model(name.split(".")[0]) else None
+
+
+def zoo() -> Any:
+    """timm, with the models registered that it does not have (vitkit.backbones)."""
     import timm
 
-    name = name.removeprefix("timm/")
-    return name if name in BARE or timm.is_model(name.split(".")[0]) else None
+    import vitkit.backbones  # noqa: F401  # its import registers them
+
+    return timm
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -174,11 +181,14 @@ def _canonical(key: str, value: Any, where: str) -> dict[str, Any]:
     """One keyword in canonical JSON form: sizes as [height, width], MAE's boolean `global_pool` in timm's words."""
     if key in ("img_size", "patch_size"):
         sides = [value, value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise WeightsError(f"{where}: {key} is {value!r}", fix="a number of pixels, or [height, width]")
+        if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
+            fix = "a number of pixels, [height, width], or three sides for volumes and videos"
+            raise WeightsError(f"{where}: {key} is {value!r}", fix=fix)
         return {key: sides}
     if key == "global_pool" and isinstance(value, bool):
         return {"global_pool": "avg", "fc_norm": True} if value else {"global_pool": "token", "fc_norm": False}
+    if key == "kind" and value not in ("image", "volume", "video"):
+        raise WeightsError(f"{where}: kind is {value!r}", fix="image, volume or video")
     if key == "act_layer" and isinstance(value, str):
         return {key: value.lower()}
     if key == "init_values" and not value:

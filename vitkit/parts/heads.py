@@ -88,7 +88,7 @@ def remove_head(vit: nn.Module) -> None:
 def set_pooling(vit: nn.Module, pool: Literal["token", "avg"]) -> None:
     """Change which tokens a ViT pools, as MAE's fine-tuning does for "avg": the mean of the patch tokens, then a new
     `fc_norm`, while the final `norm` is dropped. "token" reads the class token after `norm`."""
-    if vit.global_pool == pool:
+    if vit.global_pool == pool and not (pool == "avg" and _norms_tokens(vit)):
         return
     if isinstance(vit, VisionTransformerDistilled):
         raise ConfigError("a distilled DeiT always pools its class and distillation tokens", fix="pool=keep")
@@ -107,6 +107,11 @@ def set_pooling(vit: nn.Module, pool: Literal["token", "avg"]) -> None:
     passport = getattr(vit, "passport", None)
     if passport is not None:  # so that the saved model is rebuilt with the same pooling
         passport.arch_kwargs = {**passport.arch_kwargs, "global_pool": pool, "fc_norm": pool == "avg"}
+
+
+def _norms_tokens(vit: nn.Module) -> bool:
+    """Whether a ViT of videos norms its tokens before they are averaged, as it is pre-trained."""
+    return getattr(vit.patch_embed, "kind", "") == "video" and isinstance(vit.norm, nn.LayerNorm)
 
 
 def class_loss(scores: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:

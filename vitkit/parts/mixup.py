@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def mix(images: Tensor, labels: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """`images` (B, C, H, W) and soft or multi-label `labels` (B, K) mixed with the reversed batch; where both alphas
-    are positive one of the two is drawn with equal chance. Uses torch's global generator."""
+    """`images` (B, C, H, W) or videos (B, C, T, H, W), and soft or multi-label `labels` (B, K), mixed with the reversed batch;
+    where both alphas are positive one of the two is drawn with equal chance. Uses torch's global generator."""
     cut = cutmix > 0 and (mixup <= 0 or bool(torch.rand(()) < 0.5))
     alpha = cutmix if cut else mixup
     share = float(torch.distributions.Beta(alpha, alpha).sample())
@@ -29,5 +29,5 @@ def _paste(images: Tensor, other: Tensor, share: float) -> tuple[Tensor, float]:
     top, bottom = max(row - h // 2, 0), min(row + h // 2, height)
     left, right = max(column - w // 2, 0), min(column + w // 2, width)
     images = images.clone()
-    images[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
     return images, 1 - (bottom - top) * (right - left) / (height * width)

@@ -57,8 +57,7 @@ def _random(
 
 
 def _timm_config(name: str) -> dict[str, Any]:
-    import timm
-
+    timm = configs.zoo()
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         close = nearest(arch, timm.list_models())
@@ -87,8 +86,7 @@ def _hub_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _download(name: str, arch: str, kwargs: Mapping[str, Any], drop_path_rate: float) -> ViT:
-    import timm
-
+    timm = configs.zoo()
     if not name.startswith(HUB) and not timm.list_pretrained([arch, f"{arch}.*"]):
         raise WeightsError(f"timm has no pre-trained weights of {name}", fix="pretrained=False for random weights")
     ready = architecture.constructor(arch, kwargs)

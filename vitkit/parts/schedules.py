@@ -17,6 +17,7 @@ def warmup_cosine(epoch: float, *, lr: float, min_lr: float, warmup: float, epoc
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def scaled_lr(blr: float, effective_batch: int) -> float:
-    """Linear scaling rule: base rate x effective batch / 256 (effective = batch x accumulation x processes)."""
-    return blr * effective_batch / 256
+def scaled_lr(blr: float, effective_batch: int, rule: str = "linear") -> float:
+    """Base rate x effective batch / 256 ("linear"), or x sqrt(effective batch / 1024) ("sqrt", as DINOv2); effective =
+    batch x accumulation x processes."""
+    return blr * math.sqrt(effective_batch / 1024) if rule == "sqrt" else blr * effective_batch / 256

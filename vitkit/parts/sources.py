@@ -6,7 +6,6 @@ need a whole model to start from, are `vitkit.weights`'s.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +20,11 @@ from vitkit.layouts import ANCHOR, Reading
 from vitkit.parts import architecture, configs, dinov3
 from vitkit.parts.adapt_tensors import ViT, adapt_pixels
 from vitkit.parts.configs import BARE, Said
-from vitkit.parts.positions import square_grid
-from vitkit.parts.statefiles import read_state
+from vitkit.parts.hf_names import processor_pixels
+from vitkit.parts.positions import AXES, square_grid
+from vitkit.parts.statefiles import json_beside, read_state
 from vitkit.passport import IMAGENET_MEAN, IMAGENET_STD, Passport, Preprocess
+from vitkit.tokens import RULE_OF, kind_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 HUB = ("hf-hub:", "hf_hub:")
@@ -54,7 +55,7 @@ class Source:
     state: dict[str, Tensor] | None = None  # trunk tensors by timm's names; None: random weights
     head: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
-    positions: str = "timm"
+    positions: str = ""  # rule of resampling the position table; "": the usual one of the model's kind
     rope: str = "float32"
     licence: str | None = None
     classes: list[str] | None = None
@@ -82,10 +83,18 @@ def split_head(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 def preprocess_of(pixels: Mapping[str, Any], native: ViT, report: Report) -> Preprocess:
     """Preprocessing as recorded; where nothing is, ImageNet's mean and std, and that is said."""
     known = {key: value for key, value in pixels.items() if key != "image_size"}
+    kind = kind_of(native)
     if "mean" not in known or "std" not in known:
-        known |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        report("no preprocessing is recorded: ImageNet mean and std are assumed")
-    return adapt_pixels(Preprocess(image_size=tuple(native.patch_embed.img_size), **known), native.in_chans)
+        if kind == "volume":
+            known |= {"mean": (0.0,), "std": (1.0,)}
+            report("no preprocessing is recorded: intensities from 0 to 1 are assumed")
+        else:
+            known |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+            report("no preprocessing is recorded: ImageNet mean and std are assumed")
+    if kind == "video":
+        known.setdefault("interpolation", "bilinear")  # VideoMAE's, whose recipes these models have
+    size = tuple(native.patch_embed.img_size)
+    return adapt_pixels(Preprocess(image_size=size, kind=kind, **known), native.in_chans)
 
 
 def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None, report: Report) -> Source:
@@ -119,14 +128,30 @@ def from_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | Non
         report(f"weights were {', '.join(cast)}, used as float32")
     named, kwargs = _resolve(said, reading, report)
     plan = architecture.build(named, kwargs, meta=True)
+    if kind_of(plan) == "video":  # its positions are fixed, and the authors' files do not hold them
+        reading.vit.setdefault("pos_embed", plan.pos_embed)
     base = {"kind": "file", "ref": str(path.resolve()), "load": {"arch": named, "arch_kwargs": kwargs}}
-    source = Source(named, kwargs, preprocess_of(said.pixels, plan, report), base, state=reading.vit, head=reading.head)
+    pixels = preprocess_of({**reading.hints.get("pixels", {}), **said.pixels}, plan, report)
+    source = Source(named, kwargs, pixels, base, state=reading.vit, head=reading.head)
     source.native = plan
     positions = said.other.get("positions") or ("timm" if said.timm else reading.positions)
+    if source.preprocess.kind != "image" and AXES[positions] == 2:
+        positions = RULE_OF[source.preprocess.kind]
     source.extras, source.positions, source.rope = reading.extras, positions, said.other.get("rope")
     source.rope = source.rope or reading.hints.get("rope", "float32")
     source.licence, source.classes, source.task = (said.other.get(key) for key in ("licence", "classes", "task"))
     return source
+
+
+def kind_of_file(path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> str:
+    """What the model in a weight file takes: only a patch embedding with three axes needs a closer look."""
+    path = _weight_file(path)
+    tensors, meta = read_state(path)
+    stems = [value for name, value in tensors.items() if "patch_embed" in name and value.ndim == 5]
+    if not stems:
+        return "image"
+    said = _said(path, meta, arch, arch_kwargs)
+    return said.kwargs.get("kind") or layouts.read(tensors).hints.get("kind") or "image"
 
 
 def from_passport(passport: Passport, tensors: Mapping[str, Tensor], base: dict[str, Any]) -> Source:
@@ -194,7 +219,7 @@ def require_model(folder: Path) -> None:
 def _said(path: Path, meta: Mapping[str, Any], arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Said:
     """What is known about a file's architecture and pixels: the caller first, then the file itself, then a
     config.json beside it. The first that says anything about the architecture decides it; pixels likewise."""
-    found = [*_own_words(meta), *_config_beside(path)]
+    found = [*_own_words(meta), *_config_beside(path), *_processor_beside(path)]
     speaker = next((s for s in found if s.arch or s.kwargs), Said())
     said = replace(speaker, kwargs=dict(speaker.kwargs))
     said.pixels = next((s.pixels for s in found if s.pixels), {})
@@ -203,9 +228,7 @@ def _said(path: Path, meta: Mapping[str, Any], arch: str | None, arch_kwargs: Ma
         zoo = configs.zoo_model(arch)
         known = None if zoo else configs.known_arch(arch)
         if zoo is None and known is None:
-            import timm
-
-            close = nearest(arch, [*BARE, *timm.list_models()])
+            close = nearest(arch, [*BARE, *configs.zoo().list_models()])
             raise WeightsError(
                 f"arch {arch!r} is unknown", fix=f"did you mean {', '.join(close)}?" if close else "a timm name"
             )
@@ -236,23 +259,22 @@ def _own_words(meta: Mapping[str, Any]) -> list[Said]:
 
 
 def _config_beside(path: Path) -> list[Said]:
-    config = path.parent / "config.json"
-    if not config.is_file():
+    content, config = json_beside(path, "config.json")
+    if content is None:
         return []
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{config} is not valid JSON: {error}", fix="correct it, or move it away") from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{config} is not a mapping", fix="correct it, or move it away")
     if {"format", "preprocess"} <= set(content):
-        return [_passport_words(Passport.from_dict(dict(content), where=str(config)))]
-    return [configs.parse_config(content, str(config))]
+        return [_passport_words(Passport.from_dict(dict(content), where=config))]
+    return [configs.parse_config(content, config)]
+
+
+def _processor_beside(path: Path) -> list[Said]:
+    content, file = json_beside(path, "preprocessor_config.json")  # Hugging Face's
+    return [Said(file, pixels=processor_pixels(content or {}))]
 
 
 def _passport_words(passport: Passport) -> Said:
     prepared = passport.preprocess
-    pixels = {key: getattr(prepared, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    pixels = {key: getattr(prepared, key) for key in configs.PIXELS}
     other: dict[str, Any] = {"positions": passport.feature.positions, "rope": passport.feature.rope}
     other |= {"licence": passport.licence, "classes": passport.classes, "task": passport.task}
     return Said("its passport", passport.arch, dict(passport.arch_kwargs), pixels, other)
@@ -289,10 +311,8 @@ def _resolve(said: Said, reading: Reading, report: Report) -> tuple[str, dict[st
         )
     distilled = "dist_token" in reading.vit
     size = f"{kwargs['embed_dim']} wide, {kwargs['depth']} deep, {kwargs['num_heads']} heads ({why})"
-    patch, pixels = kwargs["patch_size"], kwargs["img_size"]
-    report(
-        f"architecture: {size}, patch {patch[0]}x{patch[1]}, {pixels[0]}x{pixels[1]} px, {kwargs['in_chans']} channels"
-    )
+    patch, pixels = ("x".join(map(str, kwargs[key])) for key in ("patch_size", "img_size"))
+    report(f"architecture: {size}, patch {patch}, {pixels} px, {kwargs['in_chans']} channels")
     return ("VisionTransformerDistilled" if distilled else "VisionTransformer"), kwargs
 
 

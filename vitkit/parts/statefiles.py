@@ -28,6 +28,7 @@ from vitkit.run.files import atomic
 
 # Where checkpoints keep their weights, most wanted first. A teacher is what self-distillation evaluates.
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "net", "network", "backbone")
+CONTAINERS += ("denoiser",)
 _KEPT_META = ("arch", "args", "config", "epoch", "vitkit", "passport", "model_args")
 _ROWS = "convert it where you trust it: torch.load it there, then safetensors.torch.save_file the state dict"
 
@@ -46,6 +47,20 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_torch(path)
     raise _foreign(path, head)
+
+
+def json_beside(path: Path, name: str) -> tuple[Mapping[str, Any] | None, str]:
+    """The mapping in the JSON file `name` beside a weight file (None where there is no such file), and its path."""
+    file = path.parent / name
+    if not file.is_file():
+        return None, str(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}", fix="correct it, or move it away") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{file} is not a mapping", fix="correct it, or move it away")
+    return content, str(file)
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

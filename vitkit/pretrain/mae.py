@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from vitkit import tokens
 from vitkit.errors import ConfigError, WeightsError
 from vitkit.parts.masking import RandomMask, random_mask, sample_noise
+from vitkit.parts.patches import patch_pixels
 from vitkit.parts.positions import sincos_2d
 
 RECIPE = {
@@ -302,7 +303,7 @@ def patchify(images: Tensor, patch_size: tuple[int, int], patches: Tensor | None
     if patches is None:
         count = (height // ph) * (width // pw)
         patches = torch.arange(count, device=images.device).expand(batch, -1)
-    pixels = tokens.patch_pixels(images, patch_size, patches).unflatten(-1, (chans, ph * pw))
+    pixels = patch_pixels(images, patch_size, patches).unflatten(-1, (chans, ph * pw))
     return pixels.transpose(-1, -2).flatten(-2)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitkit import tokens
+from vitkit import tokens, weights
 from vitkit.attack import baselines
 from vitkit.attack.dta import DTA, Profile, Settings
 from vitkit.attack.encoder import encoder_of, named_encoder, require_same_view, run_folder
@@ -25,7 +25,7 @@ from vitkit.data.images import Images
 from vitkit.data.transforms import eval_view
 from vitkit.errors import ConfigError, DataError, MissingExtra, nearest
 from vitkit.passport import Preprocess
-from vitkit.run.batches import evaluation_batches, open_data, open_model, speaker
+from vitkit.run.batches import evaluation_batches, open_data, open_model, require_images, speaker
 from vitkit.run.config import Config
 from vitkit.run.measure import _home, device_of, labels_of, overlap_with_training, short_name
 from vitkit.run.progress import Progress
@@ -89,6 +89,8 @@ def attack_job(config: Config) -> dict[str, Any]:
     """
     own, settings = config.own, config.method
     _check(own, settings)
+    inputs = config.inputs
+    require_images(weights.kind(inputs.model, arch=inputs.arch, arch_kwargs=inputs.arch_kwargs), "attack")
     device = device_of(config.machine, "attack")
     say = speaker(config.machine.quiet)
     with torch.random.fork_rng(devices=[]), _home(config, "attack") as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,8 +33,11 @@ class Data:
     test: Images
 
 
-def open_data(inputs: Inputs, say: Say) -> Images:
-    """Read the data, cut missing splits, and say aloud what was understood."""
+def open_data(inputs: Inputs, say: Say, kind: str | None = None, keep: Sequence[str] = ()) -> Images:
+    """Read the data, cut missing splits, and say aloud what was understood. `kind`: what one entry is, see `read`; by
+    default what the model takes. `keep`: columns of a table whose text stays with the images."""
+    if kind is None:
+        kind = weights.kind(inputs.model, arch=inputs.arch, arch_kwargs=inputs.arch_kwargs) if inputs.model else "image"
     images = read(
         inputs.data,
         image_column=inputs.image_column,
@@ -43,9 +46,20 @@ def open_data(inputs: Inputs, say: Say) -> Images:
         split_seed=inputs.split_seed,
         val_fraction=inputs.val_fraction,
         test_fraction=inputs.test_fraction,
+        kind=kind,
+        keep_columns=keep,
         say=say,
     )
     return images
+
+
+def require_images(kind: str, verb: str) -> None:
+    """Raise ConfigError where a verb that only knows pictures is given a model of volumes or videos."""
+    if kind != "image":
+        raise ConfigError(
+            f"vitkit {verb} works on images, and this model takes {kind}s",
+            fix="vitkit evaluate, embed, adapt and predict take such models",
+        )
 
 
 def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module:
@@ -62,7 +76,10 @@ def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module
         say=say,
         **more,
     )
-    asked = {name: getattr(inputs, name) for name in ("mean", "std") if getattr(inputs, name) is not None}
+    if inputs.frame_stride is not None:  # another pace is no other kind of picture: a trained model may be given it
+        vit.passport.preprocess = replace(vit.passport.preprocess, frame_stride=inputs.frame_stride)
+    names = ("mean", "std", "window", "spacing")
+    asked = {name: getattr(inputs, name) for name in names if getattr(inputs, name) is not None}
     if asked:
         passport = vit.passport
         wanted = replace(passport.preprocess, **asked)
@@ -70,7 +87,7 @@ def open_model(inputs: Inputs, *, seed: int, say: Say, **more: Any) -> nn.Module
         if differences and passport.base.get("kind") != "random":
             raise ConfigError(
                 f"{inputs.model} was trained on images prepared otherwise: {'; '.join(differences)}",
-                fix="leave mean and std out; they are for models that start from random weights",
+                fix=f"leave {' and '.join(asked)} out; they are for models that start from random weights",
             )
         passport.preprocess = wanted
     return vit
@@ -179,10 +196,17 @@ def held_out_loss(method: nn.Module, images: Images, view: Any, prepare: Any, ma
     total, count = 0.0, 0
     for batch in evaluation_batches(images, view, machine):
         size = len(batch["image"])
-        batch["image"] = prepare(batch["image"])
+        prepare_all(batch, prepare)
         total += float(method(batch)["loss"]) * size
         count += size
     return total / max(count, 1)
+
+
+def prepare_all(batch: dict[str, Any], prepare: Callable[[Tensor], Tensor]) -> None:
+    """Normalise in place everything in a batch that is pixels: "image" and what begins with "image_"."""
+    for key in batch:
+        if key == "image" or key.startswith("image_"):
+            batch[key] = prepare(batch[key])
 
 
 def prepare_for(preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:

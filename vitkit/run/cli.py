@@ -15,6 +15,8 @@ HELP = """vitkit: pre-train further, adapt, explain, attack and measure Vision T
 verbs
   pretrain METHOD    train on images without labels                 --model --data --out
   adapt METHOD       adapt to labelled images                       --model --data --out
+  clean METHOD       remove position artefacts from patch features  --model --data --out
+  anomaly METHOD     find defects, learning from good parts only    --model --data --out
   explain            where a model looks: maps, patches, one page   MODEL IMAGES [--classes a,b] [--out]
   explain METHOD     adapt to a model that explains itself          --model --data --out
   attack             is it fooled through its public trunk?         MODEL --data [--eps 8/255] [--out]
@@ -22,10 +24,12 @@ verbs
   evaluate           kNN, probes, few-shot, PEFT, masks: one table  --model --data [--protocols knn,lora,...] [--out]
   scaling            what larger inputs and backbones buy           --models A,B --sizes 96,224 --data [--out]
   embed              features of every image, with a gallery        --model --data --out
-  predict            classes of new images                          RUN DATA [--out predictions.csv]
+  predict            classes of new images, masks of new volumes    RUN DATA [--out predictions.csv or FOLDER]
   compare            runs side by side, paired on the same images   RUN RUN [RUN ...] [--out compare.html]
   compare            did it help? models on your images             A B [C ...] --data D[,D2] [--general] [--out]
+  rl METHOD          games: frames, an agent on a ViT, probes       collect | rainbow | imitate | look [--help]
   slides             whole slides: tiles, features, a label each   embed | evaluate | predict [--help]
+  caption            text of images: reports, captions              --model --data --text_column --out
   report             write a run's report again                     RUN
   export             one file without vitkit                        RUN [--format safetensors|onnx] [--out FILE]
   check              look through a data set before training        DATA
@@ -177,6 +181,9 @@ def _embed(words: list[str]) -> int:
 
     config = verbs.settings_for("embed", None, words)
     found = embed_job(config)
+    if hasattr(found, "windows"):
+        print(f"{found.windows} windows of {found.videos} videos, {found.dim} values each: {found.out}/features/*.npy")
+        return 0
     if hasattr(found, "shards"):
         left = f", {len(found.skipped)} files left out" if found.skipped else ""
         where = f"{found.out}/features/, {found.shards} Parquet shards; manifest.json"
@@ -187,11 +194,12 @@ def _embed(words: list[str]) -> int:
 
 
 def _predict(words: list[str]) -> int:
-    given = _words(words, "predict RUN DATA", positional=2, options=("out", "batch_size", "workers"))
+    numeric = ("batch_size", "workers", "clips", "crops")
+    given = _words(words, "predict RUN DATA", positional=2, options=("out", "detector", *numeric))
     from vitkit.run import verbs
 
-    numbers = {key: int(value) for key, value in given.items() if key in ("batch_size", "workers")}
-    found = verbs.predict(given["0"], given["1"], out=given.get("out"), **numbers)
+    numbers = {key: int(value) for key, value in given.items() if key in numeric}
+    found = verbs.predict(given["0"], given["1"], out=given.get("out"), detector=given.get("detector"), **numbers)
     print(found.table().to_csv(index=False), end="")
     return 0
 
@@ -264,6 +272,18 @@ def _slides(words: list[str]) -> int:
     from vitkit.run import slides
 
     return slides.command(words)
+
+
+def _rl(words: list[str]) -> int:
+    from vitkit.run import playing
+
+    return playing.command(words)
+
+
+def _caption(words: list[str]) -> int:
+    from vitkit.run import captioning
+
+    return captioning.command(words)
 
 
 def _doctor(words: list[str]) -> int:
@@ -352,6 +372,8 @@ def _metric_words(found: dict) -> str:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _train("pretrain"),
     "adapt": _train("adapt"),
+    "clean": _train("clean"),
+    "anomaly": _train("anomaly"),
     "explain": _with_model("explain"),
     "attack": _with_model("attack"),
     "evaluate": _evaluate,
@@ -360,6 +382,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "compare": _compare,
     "slides": _slides,
+    "caption": _caption,
+    "rl": _rl,
     "report": _report,
     "export": _export,
     "check": _check,

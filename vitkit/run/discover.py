@@ -17,7 +17,16 @@ from typing import Any
 from vitkit.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-VERBS = ("pretrain", "adapt", "explain", "attack", "evaluate")  # packages whose modules are methods
+VERBS = (
+    "pretrain",
+    "adapt",
+    "clean",
+    "anomaly",
+    "explain",
+    "attack",
+    "evaluate",
+    "rl",
+)  # packages whose modules are methods
 LIGHT = (
     "__future__",
     "dataclasses",

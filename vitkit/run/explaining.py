@@ -21,7 +21,7 @@ from vitkit.errors import ConfigError, DataError
 from vitkit.explain import attention
 from vitkit.explain.shared import has_head
 from vitkit.parts.attention import KINDS as ATTENTION
-from vitkit.run.batches import Say, open_data, open_model, speaker
+from vitkit.run.batches import Say, open_data, open_model, require_images, speaker
 from vitkit.run.class_names import ClassNames
 from vitkit.run.config import Config, main_line
 from vitkit.run.explain_figures import headline, summarise
@@ -60,6 +60,7 @@ def explain_job(config: Config) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]), RunFolder(own.out) as folder:
         vit: Any = open_model(config.inputs, seed=machine.seed, say=say, num_classes=None)
         tokens.require_vit(vit)
+        require_images(vit.passport.preprocess.kind, "explain")
         vit = vit.to(device).eval()
         names = ClassNames.of(vit, say)
         asked = names.find(own.classes or ())

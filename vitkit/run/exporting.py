@@ -128,7 +128,14 @@ def open_run(run: Path) -> ViT:
         what = "has no model yet" if started else "is not a run folder (it has no passport.json)"
         fix = "finish it: the same command resumes it" if started else "give the --out of a vitkit pretrain or adapt"
         raise ConfigError(f"{run} {what}", fix=fix)
-    return weights.load(run, num_classes=None, say=None).eval()
+    vit = weights.load(run, num_classes=None, say=None).eval()
+    kind = vit.passport.preprocess.kind
+    if kind != "image":
+        raise ConfigError(
+            f"{run} takes {kind}s, and only models of images are exported",
+            fix=f"its {weights.MODEL} is a plain state dict that vitkit.load reads",
+        )
+    return vit
 
 
 def target_of(run: Path, out: str | None, name: str, suffix: str) -> Path:

@@ -53,7 +53,7 @@ def write(
         "explained": [round(100 * value, 1) for value in explained],
         "colours": colourings(images, points),
         "items": {int(i): _item(images, int(i)) for i in np.union1d(points, shown)},
-        "pictures": {int(i): thumbnail(images.decode(int(i)).numpy()) for i in shown},
+        "pictures": {int(i): thumbnail(images.picture(int(i)).numpy()) for i in shown},
         "asked": asked.tolist(),
         "near": {int(i): [[int(j), round(float(s), 3)] for j, s in near[int(i)]] for i in asked},
         "twins": [

@@ -48,7 +48,7 @@ def open_sides(models: Sequence[Any], inputs: Inputs, seed: int, say: Callable[[
     """All models; a name that was given twice is opened once. A model is a name, path, ViT with a passport, or
     `vitkit.Model`; the word "random" stands for the architecture of the first other one that is no run.
     """
-    from vitkit.run.batches import open_model
+    from vitkit.run.batches import open_model, require_images
 
     named = [one for one in models if not _is_random(one)]
     real = next((one for one in named if not _is_run(one)), named[0] if named else None)
@@ -68,6 +68,7 @@ def open_sides(models: Sequence[Any], inputs: Inputs, seed: int, say: Callable[[
                 say(f"{letter}: {ref}")
                 vits[ref] = open_model(replace(inputs, model=ref), seed=seed, say=say)
             vit = vits[ref]
+        require_images(vit.passport.preprocess.kind, "compare --data")
         found.append(vit.eval())
         refs.append(ref)
     names = [_name(ref, vit) for ref, vit in zip(refs, found, strict=True)]

@@ -260,7 +260,7 @@ def _thumb(images: Images, i: int, side: int = THUMB) -> np.ndarray:
     """uint8 (side, side, 3): the whole picture on a square, so that rows of pictures line up."""
     from PIL import Image
 
-    pixels = images.decode(i).permute(1, 2, 0).numpy()
+    pixels = images.picture(i).permute(1, 2, 0).numpy()
     picture = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)).convert("RGB")
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -5,6 +5,7 @@ Each job runs in every process of the run; only the first one writes.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from vitkit.data.images import Images
 from vitkit.data.transforms import eval_view, finetune_view, pretrain_view
 from vitkit.errors import ConfigError, DataError
-from vitkit.run import discover
+from vitkit.run import collapse, discover
 from vitkit.run.batches import (
     batches_of,
     epoch_steps,
@@ -27,8 +28,10 @@ from vitkit.run.batches import (
     speaker,
 )
 from vitkit.run.config import Config, assemble, plain
+from vitkit.run.fabric import make_fabric
 from vitkit.run.folder import RunFolder
-from vitkit.run.loop import fit, make_fabric
+from vitkit.run.guard import Guard
+from vitkit.run.loop import fit
 from vitkit.run.progress import Progress
 from vitkit.run.results import (
     adapt_verdict,
@@ -55,13 +58,17 @@ def run_job(verb: str, name: str, config: Config) -> None:
 
 
 def _job(fabric: Any, verb: str, name: str, values: dict[str, Any]) -> None:
-    from vitkit.run.verbs import groups_for
+    from vitkit.run.starting import groups_for
 
     _run(fabric, verb, name, assemble(groups_for(verb, name)[0], values))
 
 
 def _run(fabric: Any, verb: str, name: str, config: Config) -> None:
     job = supervised_job if discover.find(verb, name).labels else pretrain_job
+    own = getattr(discover.method_class(discover.load(verb, name)), "job", None)
+    if own is not None:  # "module:function" of a method whose work is not one loss over one data set
+        module, _, function = own.partition(":")
+        job = getattr(importlib.import_module(module), function)
     job(fabric, verb, name, config)
 
 
@@ -70,37 +77,57 @@ def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
     inputs, train, machine = config.inputs, config.train, config.machine
     first = fabric.is_global_zero
     say = speaker(machine.quiet or not first)
-    images = open_data(inputs, say)
+    kind = discover.method_class(discover.load(verb, name))
+    images = open_data(inputs, say, getattr(kind, "reads", None))
     used = images.part("train", "unlabelled")
     held_out = images.part("val") if len(images.part("val")) else images.part("test")
     if not len(used):
         raise DataError(f"{images.name}: no training images", fix="vitkit check --data ... shows the splits")
     torch.manual_seed(machine.seed)
     vit = open_model(inputs, seed=machine.seed, say=say, num_classes=0, drop_path_rate=train.drop_path)
-    module = discover.load(verb, name)
-    method = discover.method_class(module)(vit, config.method)
-    if hasattr(method, "adopt") and "mask_token" in vit.extras:
+    require_kind(kind, vit, f"{verb} {name}")
+    method = kind(vit, config.method)
+    if hasattr(method, "adopt") and getattr(method, "adopts", "mask_token") in vit.extras:
         say(method.adopt(vit.extras))
+    for note in getattr(method, "notes", ()):
+        say(note)
+    if hasattr(method, "require"):  # what this method cannot learn from is refused before anything is written
+        method.require(len(used), machine.batch_size, fabric.world_size)
     preprocess = vit.passport.preprocess
+    if images.kind == "volume":
+        from vitkit.run.volume_jobs import smaller_than_crop
+
+        for sentence in smaller_than_crop(used, preprocess):
+            say(sentence)
     if len(used) < 5000 and vit.passport.base.get("kind") == "random":
         say(
             f"{len(used)} images are few to pre-train from random weights: continuing from released weights "
             "usually does better (leave pretrained at true)"
         )
-    view = (
-        pretrain_view(preprocess, scale=train.crop_scale, hflip=train.hflip) if train.augment else eval_view(preprocess)
-    )
+    if hasattr(method, "views"):
+        view, test_view = method.views(preprocess, train)
+    else:
+        test_view = eval_view(preprocess)
+        view = pretrain_view(preprocess, scale=train.crop_scale, hflip=train.hflip) if train.augment else test_view
     folder = RunFolder(train.out)
     prepare = prepare_for(preprocess, fabric.device)
 
-    def validate(model: nn.Module) -> tuple[float, dict[str, float]]:
-        loss = held_out_loss(model, held_out, eval_view(preprocess), prepare, machine)
-        return -loss, {"val_loss": loss}
+    guarded = getattr(method, "guarded", False)
+    guard = Guard.of(method, images, machine, fabric.device, say, train.hflip) if guarded and first else None
 
-    checks = validate if len(held_out) else None
-    state = _fit(fabric, method, used, view, prepare, config, folder, validate=checks, keep_best=False)
+    def validate(model: nn.Module) -> tuple:
+        known = {"val_loss": held_out_loss(model, held_out, test_view, prepare, machine)} if len(held_out) else {}
+        if guard is None:
+            return -known.get("val_loss", 0.0), known
+        score, seen, reason = guard.check(model)
+        return score, known | seen, reason
+
+    checks = validate if len(held_out) or guarded else None
+    state = _fit(fabric, method, used, view, prepare, config, folder, validate=checks, keep_best=guarded)
     if first:
         method.eval()
+        given_back = guard.settle(method, state) if guard is not None else False
+        vit = method.finish()
         save_model(folder, method, vit, name=f"{verb}.{name}", config=config, images=images, adapted=False)
         summary = _summary(verb, name, method, state)
         shown = held_out if len(held_out) else used
@@ -109,6 +136,12 @@ def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
         if hasattr(method, "reconstruct"):
             save_reconstructions(folder, method, shown, preprocess, prepare, machine)
         summary["verdict"] = pretrain_verdict(summary, len(used), state)
+        if guard is not None:
+            words, table = guard.verdict(vit, images, inputs, given_back, state)
+            summary["verdict"] += f" {words}"
+            summary["tables"].append(table)
+        if hasattr(method, "doctor"):
+            summary["tables"].append(collapse.table(method.doctor().replay(folder.records())))
         finish(folder, summary, state, say)
     fabric.barrier()
 
@@ -118,14 +151,14 @@ def supervised_job(fabric: Any, verb: str, name: str, config: Config) -> None:
     inputs, train, machine, classify = config.inputs, config.train, config.machine, config.classify
     first = fabric.is_global_zero
     say = speaker(machine.quiet or not first)
+    kind = discover.method_class(discover.load(verb, name))
     images = open_data(inputs, say)
     data = labelled_parts(images, inputs, machine, say)
     torch.manual_seed(machine.seed)
-    kind = discover.method_class(discover.load(verb, name))
     keeps = getattr(kind, "keeps_head", False)  # goes on with the classes that the model already knows
-    vit = open_model(
-        inputs, seed=machine.seed, say=say, num_classes=None if keeps else 0, drop_path_rate=train.drop_path
-    )
+    head = None if keeps or getattr(config.method, "label_map", None) else 0
+    vit = open_model(inputs, seed=machine.seed, say=say, num_classes=head, drop_path_rate=train.drop_path)
+    require_kind(kind, vit, f"{verb} {name}")
     task = Task(images.task, tuple(images.classes))
     if keeps and vit.passport.classes and tuple(vit.passport.classes) != task.classes:
         raise DataError(
@@ -199,6 +232,16 @@ def _fit(
             folder=folder,
             progress=progress,
             **more,
+        )
+
+
+def require_kind(method: type, vit: nn.Module, what: str) -> None:
+    """Raise ConfigError where a method does not take models of this kind (`kinds` of its class; by default images)."""
+    kinds = getattr(method, "kinds", ("image",))
+    if vit.passport.preprocess.kind not in kinds:
+        raise ConfigError(
+            f"{what} is for models of {' and '.join(kinds)}s, and {vit.passport.arch} takes {vit.passport.preprocess.kind}s",
+            fix="vitkit methods tells what each method takes",
         )
 
 

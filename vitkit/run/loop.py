@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from vitkit.errors import TrainingError
 from vitkit.parts.ema import EMA
 from vitkit.parts.optim import build_optimizer, set_lr
 from vitkit.parts.schedules import scaled_lr, warmup_cosine
+from vitkit.run.batches import prepare_all
 from vitkit.settings import Machine, Train
 
 
@@ -35,50 +36,23 @@ class State:
     best_step: int = 0
     seconds: float = 0.0
     bad: list[str] = field(default_factory=list)
+    ended: str = ""  # why validation ended training early
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where a step stands, for what a method schedules itself (`before_step`): `epoch` is fractional, `lr` the rate that
+    the parameter groups have just got (times their own `lr_scale`)."""
+
+    step: int
+    epoch: float
+    epochs: int
+    steps_per_epoch: int
+    lr: float
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the run was saved at a step boundary before this was raised."""
-
-
-def make_fabric(machine: Machine) -> Any:
-    """Lightning Fabric for these settings; several processes start by its own launcher, or by torchrun or srun around it."""
-    import logging
-
-    from lightning_fabric import Fabric
-
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    nodes, here = launched() or (1, machine.devices)
-    strategy = "ddp" if launched() else "auto" if machine.devices == 1 else "ddp_spawn"
-    return Fabric(
-        accelerator=machine.accelerator,
-        devices=here,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=precision_of(machine),
-    )
-
-
-def launched() -> tuple[int, int] | None:
-    """(machines, processes on each) where torchrun or srun has started them: their numbers count, not `devices`."""
-    import os
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return int(os.environ["WORLD_SIZE"]) // here, here
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1:  # a batch script of one task may still ask for several devices
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return nodes, tasks // nodes
-    return None
-
-
-def precision_of(machine: Machine) -> str:
-    """Fabric's name for the precision; "auto" asks the device what it computes natively."""
-    if machine.precision != "auto":
-        return {"32": "32-true", "bf16": "bf16-mixed"}[machine.precision]
-    cuda = machine.accelerator in ("auto", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -96,15 +70,21 @@ def fit(
     steps_per_epoch: int,
     prepare: Callable[[Tensor], Tensor],
     folder: Any | None = None,
-    validate: Callable[[nn.Module], tuple[float, dict[str, float]]] | None = None,
+    validate: Callable[[nn.Module], tuple] | None = None,
     keep_best: bool = True,
     progress: Any | None = None,
 ) -> State:
     """Train `method` in place.
 
     batches(epoch, start): the epoch's batches from number `start` on. prepare: uint8 images to normalised floats on the
-    method's device. validate(method) -> (score, metrics): called every `eval_every` epochs; with `keep_best` the weights
-    of the best score are put back at the end. folder: run folder for metrics, checkpoints and exact resume.
+    method's device. validate(method) -> (score, metrics) or (score, metrics, reason): called every `eval_every` epochs; a
+    reason that is not empty ends training there; with `keep_best` the weights of the best score are put back at the end.
+    folder: run folder for metrics, checkpoints and exact resume.
+
+    A method may define before_step(now, groups): called before the first batch of every optimiser step, after the rates
+    were set, to schedule what is its own; after_step(step); clip_parts() -> lists of parameters whose gradient norms are
+    clipped apart; persistent() -> what a checkpoint holds; watch(record) ->
+    sentences about the figures that were just logged. Scalars that `forward` returns beside the loss are logged.
     Raises TrainingError on non-finite losses or gradients (before the step) and when memory runs out.
     """
     return _Fit(
@@ -132,7 +112,7 @@ class _Fit:
             for block in self.method.vit.blocks:
                 block.compile()
         effective = self.machine.batch_size * train.accumulate * fabric.world_size
-        self.lr = scaled_lr(train.blr, effective) if train.lr == "auto" else float(train.lr)
+        self.lr = scaled_lr(train.blr, effective, train.lr_rule) if train.lr == "auto" else float(train.lr)
         self.warmup = min(train.warmup_epochs, train.epochs / 5)
         self.method.to(fabric.device)
         kwargs = {"layer_decay": train.layer_decay} if train.layer_decay != 1.0 else {}
@@ -144,11 +124,13 @@ class _Fit:
         self.module, self.optimizer = fabric.setup(self.method, optimizer)
         self.ema = EMA(self.method, train.ema) if train.ema else None
         self.state, self.best_weights = State(), None
-        self.loss_sum, self.loss_count = torch.zeros((), device=fabric.device), 0
+        self.sums, self.loss_count = {"loss": torch.zeros((), device=fabric.device)}, 0
+        parts = self.method.clip_parts() if hasattr(self.method, "clip_parts") else [self.params]
+        self.parts = [[p for p in part if p.requires_grad] for part in parts]
         self._resume()
         started = time.perf_counter() - self.state.seconds
         with _signals() as self.stop:
-            while self.state.epoch < train.epochs and not self._done():
+            while self.state.epoch < train.epochs and not self._done() and not self.state.ended:
                 self._epoch(started)
         if self.best_weights is not None:
             _load_trained(self.method, self.best_weights)
@@ -197,23 +179,31 @@ class _Fit:
             epochs=train.epochs,
         )
         set_lr(self.optimizer.optimizer, self.now_lr)
+        if state.position == start and hasattr(self.method, "before_step"):
+            epoch = state.epoch + start / self.steps_per_epoch
+            now = Now(state.step, epoch, train.epochs, self.steps_per_epoch, self.now_lr)
+            self.method.before_step(now, self.optimizer.optimizer.param_groups)
         batch = {key: fabric.to_device(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        batch["image"] = self.prepare(batch["image"])
+        prepare_all(batch, self.prepare)
         index = state.epoch * self.steps_per_epoch + state.position
         torch.manual_seed(step_seed(self.machine.seed, index, fabric.global_rank))
         with fabric.no_backward_sync(self.module, enabled=not step_now) if fabric.world_size > 1 else nullcontext():
-            loss = self.module(batch)["loss"]
-            fabric.backward(loss / window if window > 1 else loss)
-        self.loss_sum += loss.detach()
+            out = self.module(batch)
+            fabric.backward(out["loss"] / window if window > 1 else out["loss"])
+        for name, value in out.items():
+            if isinstance(value, Tensor) and value.ndim == 0:
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.loss_count += 1
 
     def _optimize(self, batch: dict[str, Any]) -> None:
         """Check, clip, step. The check reads one number from the device: the price of never stepping on a NaN."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None], foreach=True)
-        if not torch.isfinite(norm + self.loss_sum):
+        with_grad = [[p for p in part if p.grad is not None] for part in self.parts]
+        norms = [nn.utils.get_total_norm([p.grad for p in part], foreach=True) for part in with_grad]
+        if not torch.isfinite(sum(norms) + self.sums["loss"]):
             self._stop_on_nan(batch)
         if self.train.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.params, self.train.clip_grad, norm)
+            for part, norm in zip(with_grad, norms, strict=True):
+                nn.utils.clip_grads_with_norm_(part, self.train.clip_grad, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -226,15 +216,19 @@ class _Fit:
         state, train = self.state, self.train
         every = max(1, self.steps_per_epoch // train.accumulate // 10)
         if state.step % every == 0 or self._done():
-            loss = float(self.fabric.all_reduce(self.loss_sum / self.loss_count, reduce_op="mean"))
-            self.loss_sum.zero_()
+            means = torch.stack([value / self.loss_count for value in self.sums.values()])
+            means = self.fabric.all_reduce(means, reduce_op="mean").tolist()
+            found = dict(zip(self.sums, means, strict=True))
+            self.sums = {"loss": torch.zeros_like(self.sums["loss"])}
             self.loss_count = 0
             fraction = state.epoch + state.position / self.steps_per_epoch
-            self._log(
-                step=state.step, epoch=round(fraction, 4), loss=loss, lr=self.now_lr, seconds=round(state.seconds, 2)
-            )
+            seconds = round(state.seconds, 2)
+            record = {"step": state.step, "epoch": round(fraction, 4), **found, "lr": self.now_lr, "seconds": seconds}
+            self._log(**record)
+            if hasattr(self.method, "watch"):
+                self._say(self.method.watch(record))
             if self.progress is not None:
-                self.progress.step(loss=loss)
+                self.progress.step(loss=found["loss"])
         if self.stop["now"] or (train.save_every and state.step % train.save_every == 0):
             self._save()
         if self.stop["now"]:
@@ -254,7 +248,8 @@ class _Fit:
         self.module.eval()
         with self.ema.applied() if self.ema is not None else nullcontext():
             result = self.validate(self.method) if self.fabric.is_global_zero else None
-            score, metrics = self.fabric.broadcast(result)
+            score, metrics, *reason = self.fabric.broadcast(result)
+            self.state.ended = reason[0] if reason else ""
             if self.state.best is None or score > self.state.best:
                 self.state.best, self.state.best_step = score, self.state.step
                 self.best_weights = trained_state(self.method) if self.keep_best else None
@@ -264,6 +259,11 @@ class _Fit:
     def _log(self, **record: Any) -> None:
         if self.folder is not None and self.fabric.is_global_zero:
             self.folder.log(record)
+
+    def _say(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            if self.progress is not None:
+                self.progress.say(sentence)
 
     def _save(self) -> None:
         if self.folder is None:
@@ -277,7 +277,7 @@ class _Fit:
                     "optimizer": self.optimizer.optimizer.state_dict(),
                     "ema": self.ema.state_dict() if self.ema is not None else None,
                     "best": self.best_weights,
-                    "loss": (float(self.loss_sum), self.loss_count),
+                    "loss": ({name: float(value) for name, value in self.sums.items()}, self.loss_count),
                 }
             )
         self.fabric.barrier()
@@ -292,8 +292,8 @@ class _Fit:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         self.best_weights = saved["best"]
-        self.loss_sum += saved["loss"][0]
-        self.loss_count = saved["loss"][1]
+        sums, self.loss_count = saved["loss"]
+        self.sums = {name: torch.full_like(self.sums["loss"], value) for name, value in sums.items()}
         if self.fabric.is_global_zero:
             self.folder.truncate(self.state.step)
         if self.progress is not None:
@@ -310,7 +310,7 @@ class _Fit:
             path = self.folder.path / f"bad_batch_step{self.state.step}_rank{self.fabric.global_rank}.pt"
             torch.save({key: value for key, value in batch.items() if isinstance(value, Tensor)}, path)
             where = f"; the batch is in {path}"
-        kind = "loss" if not torch.isfinite(self.loss_sum) else "gradient"
+        kind = "loss" if not torch.isfinite(self.sums["loss"]) else "gradient"
         raise TrainingError(
             f"non-finite {kind} at step {self.state.step}, before the optimiser step{where}",
             fix="a lower lr, clip_grad=1, or precision=32; the weights and the last checkpoint are unharmed",

@@ -38,8 +38,12 @@ def evaluate_job(config: Config) -> dict[str, dict[str, Any]]:
 
     Raises DataError where there is nothing to train on or to score, and ConfigError on settings that do not apply.
     """
-    from vitkit.run import outcomes, protocols, protocols_masks
+    from vitkit.run import cleanliness, metadata, outcomes, protocols, protocols_masks
 
+    if cleanliness.asked(config):
+        return cleanliness.cleanliness_job(config)
+    if metadata.asked(config):
+        return metadata.metadata_job(config)
     device = device_of(config.machine, "evaluate")
     say = speaker(config.machine.quiet)
     with torch.random.fork_rng(devices=[]):
@@ -67,6 +71,10 @@ def embed_job(config: Config) -> Any:
 
     if sharded.asked(config):
         return sharded.embed_sharded(config)
+    if config.own.window_stride is not None:
+        from vitkit.run.video_windows import window_job
+
+        return window_job(config)
 
     device = device_of(config.machine, "embed")
     say = speaker(config.machine.quiet)

@@ -32,6 +32,8 @@ WORDS = {
     "segment_linear": "linear decoder",
     "segment_unet": "U-Net decoder",
     "segment_light": "light decoder",
+    "segment_upernet": "UPerNet",
+    "segment_pyramid": "simple feature pyramid",
 }
 AXES = {"knn": "neighbours k", "mlknn": "neighbours k", "linear": "penalty", "linear_grid": "learning rate"}
 

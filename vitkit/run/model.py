@@ -68,23 +68,34 @@ class Model:
         device = next(self.vit.parameters()).device
         return tokens.logits(self.vit, self.passport.preprocess.normalise(images.to(device)))
 
-    def predict(self, data: Any, *, batch_size: int = 64, workers: int = 0) -> Predictions:
-        """Class probabilities for a folder, file, table, `Images` or anything else that vitkit reads."""
+    def predict(
+        self, data: Any, *, batch_size: int = 64, workers: int = 0, clips: int = 1, crops: int = 1
+    ) -> Predictions:
+        """Class probabilities for a folder, file, table, `Images` or anything else that vitkit reads. Videos: the mean over
+        `clips` x `crops` views of each."""
         if not self.classes:
             raise ConfigError(
                 f"{self!r} has no classes to predict", fix="adapt it first: vitkit adapt linear --model ... --data ..."
             )
-        images = _images(data)
-        scores = self._run(images, batch_size, workers)
+        images = self._images(data)
         task = self.passport.task or "single"
-        scores = scores.softmax(1) if task == "single" else scores.sigmoid()
+        if clips * crops > 1:
+            from vitkit.run.multi_clip import mean_scores
+
+            scores = mean_scores(self, images, clips, crops, batch_size, workers)
+        else:
+            scores = self._run(images, batch_size, workers)
+            scores = scores.softmax(1) if task == "single" else scores.sigmoid()
         return Predictions(list(images.names), list(self.classes), scores.numpy(), task)
 
     def embed(self, data: Any, *, batch_size: int = 64, workers: int = 0) -> np.ndarray:
         """Pooled features (N, D), float32, in image order."""
         from vitkit.evaluate.features import features
 
-        return features(self.vit, _images(data), batch_size=batch_size, workers=workers)
+        return features(self.vit, self._images(data), batch_size=batch_size, workers=workers)
+
+    def _images(self, data: Any) -> Any:
+        return _images(data, self.passport.preprocess.kind)
 
     def _run(self, images: Any, batch_size: int, workers: int) -> Tensor:
         from vitkit.data.transforms import eval_view
@@ -96,11 +107,11 @@ class Model:
         return torch.cat(rows)
 
 
-def _images(data: Any) -> Any:
+def _images(data: Any, kind: str = "image") -> Any:
     from vitkit.data import read
     from vitkit.data.images import Images
 
-    return data if isinstance(data, Images) else read(data, say=lambda text: None)
+    return data if isinstance(data, Images) else read(data, kind=kind, say=lambda text: None)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitkit.data.images import Images
-from vitkit.dense.decoders import DECODERS
+from vitkit.dense.decoders import DECODERS, WIDE
 from vitkit.errors import ConfigError, DataError
 from vitkit.run.batches import open_model, speaker
 from vitkit.run.config import Config
@@ -161,7 +162,7 @@ def _decode(
         found = segment.fit_maps(
             train,
             val,
-            make=name,
+            make=partial(DECODERS[name], width=own.mask_width) if name in WIDE else name,
             n_classes=classes,
             settings=settings,
             device=device,

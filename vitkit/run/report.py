@@ -142,8 +142,9 @@ def _results(report: Report, summary: Mapping[str, Any]) -> None:
         report.table("Final figures", columns, rows, _interval_note([summary]))
     if confusion:
         report.confusion("Confusion", confusion["matrix"], confusion["classes"])
-    for table in tables:
-        report.table(table["title"], table["columns"], table["rows"], table.get("note", ""))
+    for table in tables:  # intervals come back from JSON as mappings
+        rows = [[_shown_interval(cell) if isinstance(cell, Mapping) else cell for cell in row] for row in table["rows"]]
+        report.table(table["title"], table["columns"], rows, table.get("note", ""))
 
 
 def _curves(report: Report, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -67,7 +67,8 @@ def judge(
     if not len(part):
         summary["metrics"] = []
         return
-    scores = predict_scores(method, part, eval_view(preprocess), prepare, machine)
+    view = method.test_view(preprocess) if hasattr(method, "test_view") else eval_view(preprocess)
+    scores = predict_scores(method, part, view, prepare, machine)
     found = metrics.summary(task.kind, part.labels, scores, also=main)
     found = {main: found.pop(main), **found}
     interval = statistics.bootstrap(getattr(metrics, main), part.labels, scores, groups=part.group, seed=0)
@@ -154,7 +155,7 @@ def save_reconstructions(
     ratio = float(out["mask"].float().mean())
     how = (
         "de-normalised with each target patch's own mean and deviation"
-        if method.settings.norm_pix_loss
+        if getattr(method.settings, "norm_pix_loss", True)
         else "raw pixels"
     )
     rows = []
@@ -184,10 +185,12 @@ def loss_metrics(method, used, held_out, preprocess, prepare, machine, records) 
 def pretrain_verdict(summary: dict, images: int, state: Any) -> str:
     found = {m["name"]: m["value"] for m in summary["metrics"]}
     text = f"Trained on {images:,} images for {state.step:,} steps in {minutes(state.seconds)}."
-    base = found.get("per-position mean of training images")
-    if base and "held-out loss" in found:
-        share = found["held-out loss"] / base
-        text += f" Held-out hidden patches are predicted with {share:.0%} of the error of the per-position mean"
+    name = "per-position mean of training images"
+    words = {name: "the per-position mean", "predicting zero": "predicting zero"}
+    name = next((one for one in words if found.get(one)), name)
+    if found.get(name) and "held-out loss" in found:
+        share = found["held-out loss"] / found[name]
+        text += f" Held-out hidden patches are predicted with {share:.0%} of the error of {words[name]}"
         text += "." if share < 0.9 else ": it has hardly left that plateau, train longer before judging it."
     return text
 
@@ -228,8 +231,9 @@ def finish(folder: RunFolder, summary: dict, state: Any, say: Callable[[str], No
 
 
 def _picture(image: Tensor) -> np.ndarray:
-    """uint8 (C, H, W) to (H, W, 3) or (H, W)."""
-    array = image.numpy()
+    """Pixels (C, H, W), uint8 or in [0, 1], to uint8 (H, W, 3) or (H, W); of a volume or video its middle slice or frame."""
+    image = image[:, image.shape[1] // 2] if image.ndim == 4 else image
+    array = (image.clamp(0, 1) * 255).round().byte().numpy() if image.is_floating_point() else image.numpy()
     return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
 
 

@@ -100,6 +100,10 @@ def prepare(config: configs.Config, device: Any, home: Path, say: Any) -> Job:
         data = Data(images, *parts)
         if not len(data.train):
             raise DataError(f"{images.name}: no training images", fix="vitkit check --data ... shows the splits")
+        if not len(data.val):
+            raise DataError(
+                f"{images.name}: no validation images, and a decoder's rate is picked on them", fix="val_fraction=0.15"
+            )
         metric, protocols = "iou", [f"{own.decoder} decoder"]
     else:
         whole = volumes_of(images, say)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitkit.data.images import Images
 from vitkit.errors import DataError
-from vitkit.run.batches import open_model
+from vitkit.run.batches import open_model, require_images
 from vitkit.run.config import Config
 
 RANDOM = "random:"
@@ -47,6 +47,7 @@ def open_backbones(refs: Sequence[str], config: Config, say: Callable[[str], Non
     found, names = [], []
     for ref in refs:
         vit = open_at(ref, None, config)
+        require_images(vit.passport.preprocess.kind, "scaling")
         random = vit.passport.base.get("kind") == "random"
         names.append(short(ref) + (", random weights" if random else ""))
         count = sum(p.numel() for p in vit.parameters())

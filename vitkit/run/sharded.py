@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +65,25 @@ def asked(config: Config) -> bool:
     own = config.own
     if own.engine == "ray" and own.format == "npy":
         raise ConfigError("engine is ray, which writes Parquet, and format is npy", fix="leave format out")
+    if own.format == "npy":
+        _refuse_shard_settings(own)
     if own.engine == "ray" or own.format != "auto":
         return own.engine == "ray" or own.format == "parquet"
     begun = RunFolder(own.out or ".")
-    return bool(own.out) and begun.is_run() and begun.read_config().get("format") == "parquet"
+    goes_on = bool(own.out) and begun.is_run() and begun.read_config().get("format") == "parquet"
+    if not goes_on:
+        _refuse_shard_settings(own)
+    return goes_on
+
+
+def _refuse_shard_settings(own: Any) -> None:
+    """ConfigError where a setting of shards was given and one array is to be written."""
+    for one in fields(own):
+        if one.name in ("shard_rows", "actors", "max_bad") and getattr(own, one.name) != one.default:
+            raise ConfigError(
+                f"{one.name} is {getattr(own, one.name)}, and that is for shards",
+                fix="--format parquet, or leave it out",
+            )
 
 
 def embed_sharded(config: Config) -> Sharded:

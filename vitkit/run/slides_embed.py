@@ -15,7 +15,7 @@ from markupsafe import Markup
 from vitkit.data.slide import Tiling, find_slides, stem
 from vitkit.errors import ConfigError, DataError
 from vitkit.evaluate.mil import pictures, store
-from vitkit.run.batches import open_model, speaker
+from vitkit.run.batches import open_model, require_images, speaker
 from vitkit.run.config import Config
 from vitkit.run.environment import environment
 from vitkit.run.files import atomic_write
@@ -95,7 +95,9 @@ def _model(own: Embed, say: Any) -> Any:
         patch_size=own.patch_size,
         image_size=None if own.size == "auto" else own.size,
     )
-    return open_model(inputs, seed=own.seed, say=say, num_classes=0).eval()
+    vit = open_model(inputs, seed=own.seed, say=say, num_classes=0).eval()
+    require_images(vit.passport.preprocess.kind, "slides")
+    return vit
 
 
 def _refuse_others(out: Path, facts: dict[str, Any], own: Embed) -> None:

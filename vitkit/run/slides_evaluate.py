@@ -156,6 +156,8 @@ def _load(config: Config, encoders: dict[str, str]) -> tuple[dict, dict, dict, l
     tables = {Path(one).stem: one for one in own.external or ()}
     if len(tables) < len(own.external or ()):
         raise ConfigError(f"two external tables have one name: {', '.join(own.external)}", fix="rename one")
+    if INTERNAL in tables:
+        raise ConfigError(f"{tables[INTERNAL]} has the name of vitkit's own scores, {INTERNAL}", fix="rename the table")
     tested = {name: read(elsewhere, table) for name, table in tables.items()}
     for name in tested:
         for encoder, bags in development.items():

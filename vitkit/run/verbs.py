@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from vitkit.errors import ConfigError, VitkitError, nearest
-from vitkit.run import config as configs
+from vitkit.errors import ConfigError, nearest
 from vitkit.run import discover
-from vitkit.settings import FROZEN, SEGMENTING, TRAINED, Attack, Classify, Evaluate, Explain, Inputs, Machine, Train
+from vitkit.run.playing import rl as rl
+from vitkit.run.starting import ATTACK, REQUIRED, settings_for, train
+from vitkit.settings import (
+    CLEANLINESS,
+    FROZEN,
+    METADATA,
+    SEGMENTING,
+    TRAINED,
+)
 
 if TYPE_CHECKING:
+    from vitkit.run.anomaly_predict import AnomalyPredictions
     from vitkit.run.model import Model, Predictions, Run
+    from vitkit.run.volume_predict import VolumePredictions
 
-# Changing these does not change the result, so a run may be resumed with other values.
-FREE = frozenset({"workers", "quiet", "save_every"})
-PROTOCOLS = (*FROZEN, *TRAINED, *SEGMENTING)  # of `vitkit evaluate`
-REQUIRED: tuple[str, ...] = ("model", "data", "out")
-ATTACK = "dta"  # the method of `vitkit attack MODEL`
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Where features go."""
-
-    out: str = "embeddings"
-    """folder to write: features.npy (N, D), images.csv, gallery.html; or Parquet shards and manifest.json"""
-    format: Literal["auto", "npy", "parquet"] = "auto"
-    """one array with a gallery, or shards for an archive that memory or one day cannot hold; auto = npy, parquet with ray"""
-    shard_rows: int = 10_000
-    """parquet: images a shard; a killed job loses at most the shards it was at"""
-    engine: Literal["local", "ray"] = "local"
-    """this process, or Ray Data: every core, every GPU, or the cluster that RAY_ADDRESS names; both write the same"""
-    actors: int | Literal["auto"] = "auto"
-    """ray: copies of the model at work; auto = one a GPU, or where there is none, one a core"""
-    max_bad: float = 0.5
-    """parquet: share of unreadable files of a shard above which it stops; fewer are left out and named in the manifest"""
-
-
-def groups_for(verb: str, name: str | None = None) -> tuple[dict[str, type], dict[str, Any]]:
-    """The dataclasses whose fields are a verb's settings, and the method's own defaults for shared ones. Light."""
-    if name is not None and discover.find(verb, name).trains:
-        settings, recipe = discover.light(verb, name)
-        made: dict[str, type] = {"inputs": Inputs, "train": Train, "machine": Machine}
-        if discover.find(verb, name).labels:
-            made["classify"] = Classify
-        return {**made, "method": settings}, recipe
-    own = {"evaluate": Evaluate, "embed": Embedding, "explain": Explain, "attack": Attack}[verb]
-    groups: dict[str, type] = {"inputs": Inputs, "machine": Machine, "own": own}
-    if verb == "attack":
-        groups["method"] = discover.light("attack", name or ATTACK)[0]
-    return groups, {}
-
-
-def settings_for(verb: str, name: str | None, given: Mapping[str, Any] | Sequence[str]) -> configs.Config:
-    """Resolved settings of `vitkit <verb> [name]` from keywords or command-line words."""
-    groups, recipe = groups_for(verb, name)
-    if name is not None:
-        description, required = discover.find(verb, name).doc.strip(), REQUIRED
-    else:
-        description, required = verb_doc(verb), REQUIRED[:2]
-    prog = f"vitkit {verb} {name}" if name else f"vitkit {verb}"
-    return configs.build(groups, given, prog=prog, description=description, defaults=recipe, required=required)
+PROTOCOLS = (*FROZEN, *TRAINED, *SEGMENTING, METADATA, CLEANLINESS)  # of `vitkit evaluate`
 
 
 def pretrain(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
@@ -74,6 +34,17 @@ def pretrain(method: str, *, model: Any = None, data: Any = None, out: Any = Non
 def adapt(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
     """Adapt a ViT to labelled images; `vitkit adapt <method> --help` lists the settings."""
     return train("adapt", method, {"model": model, "data": data, "out": out, **settings})
+
+
+def clean(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
+    """Remove position-dependent artefacts from a ViT's patch features, on images without labels; `vitkit clean <method>
+    --help` lists the settings."""
+    return train("clean", method, {"model": model, "data": data, "out": out, **settings})
+
+
+def anomaly(method: str, *, model: Any = None, data: Any = None, out: Any = None, **settings: Any) -> Run:
+    """Learn from pictures of good parts to find defects in others; `vitkit anomaly <method> --help` lists the settings."""
+    return train("anomaly", method, {"model": model, "data": data, "out": out, **settings})
 
 
 def explain(method: Any = None, data: Any = None, *, model: Any = None, out: Any = None, **settings: Any) -> Any:
@@ -125,66 +96,6 @@ def not_a_method(verb: str, word: str, what: str) -> ConfigError:
     return ConfigError(what, fix=f"{hint}a method that trains ({', '.join(known)}) with a model, or one model")
 
 
-def train(verb: str, method: str, given: Mapping[str, Any] | Sequence[str]) -> Run:
-    """Run a training verb; the same settings and folder resume it, and a finished one is returned as it is."""
-    from vitkit.run.folder import RunFolder
-    from vitkit.run.model import Run
-
-    if isinstance(given, Mapping):
-        given = {key: value for key, value in given.items() if value is not None}
-    name = discover.find(verb, method).name
-    config = settings_for(verb, name, given)
-    config = resolve(config)
-    folder = RunFolder(config.train.out)
-    command = configs.main_line() if not isinstance(given, Mapping) else f"vitkit.{verb}({name!r}, ...)"
-    rank = _rank()
-    if rank == 0:
-        state = folder.claim(config.values, f"{verb}.{name}", free=FREE, command=command)
-        if state == "finished":
-            if not config.machine.quiet:
-                _say(f"{folder.path} is finished; nothing to do (report: {folder.path / 'report.html'})")
-            return Run(folder.path)
-    try:
-        from vitkit.run.jobs import run_job
-
-        if rank == 0 and not config.machine.quiet:
-            _say(f"vitkit {verb} {name} -> {folder.path}\n  {configs.show(config, _defaults(verb, name))}")
-        run_job(verb, name, config)
-    except VitkitError:
-        folder.abandon()
-        raise
-    finally:
-        folder.release()
-    return Run(folder.path)
-
-
-def resolve(config: configs.Config) -> configs.Config:
-    """Replace the "auto" values that are known before the run starts, so that they are printed and saved."""
-    from dataclasses import replace
-
-    import torch
-
-    from vitkit.parts.schedules import scaled_lr
-    from vitkit.run.loop import launched, precision_of
-
-    machine, train = config.machine, config.train
-    accelerator = machine.accelerator
-    if accelerator == "auto":
-        mps = torch.backends.mps.is_available()
-        accelerator = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    machine = replace(machine, accelerator=accelerator)
-    machine = replace(machine, precision="bf16" if "bf16" in precision_of(machine) else "32")
-    nodes, here = launched() or (1, machine.devices)
-    world = nodes * here
-    if train.lr == "auto":
-        train = replace(train, lr=scaled_lr(train.blr, machine.batch_size * train.accumulate * world))
-    groups = {**config.groups, "machine": machine, "train": train}
-    values: dict[str, Any] = {}
-    for group in groups.values():
-        values.update(vars(group))
-    return configs.Config(groups, values)
-
-
 def load(model: str | Path, **settings: Any) -> Model:
     """A model ready to use: timm name, hub id, weights file or run folder, its head included.
 
@@ -198,11 +109,35 @@ def load(model: str | Path, **settings: Any) -> Model:
 
 
 def predict(
-    run: str | Path, data: Any, *, out: str | None = None, batch_size: int = 64, workers: int = 0
-) -> Predictions:
-    """Class probabilities of a finished adaptation for new images; `out` also writes them as CSV."""
+    run: str | Path,
+    data: Any,
+    *,
+    out: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    clips: int = 1,
+    crops: int = 1,
+    detector: str | None = None,
+) -> Predictions | VolumePredictions | AnomalyPredictions:
+    """Class probabilities of a finished adaptation for new images; `out` also writes them as CSV. A run that segments volumes
+    gives their masks; `out` is then the folder for NIfTI files. One that finds defects gives scores, alarms and heatmaps;
+    `out` is their folder, and `detector` memory asks for its patch memory instead of its U-Net.
+
+    Videos: the mean over `clips` clips of each, and over `crops` crops of each clip along the long side.
+    """
+    from vitkit.run.volume_predict import predict_volumes, segments_volumes
+
+    if segments_volumes(run):
+        return predict_volumes(run, data, out=out)
+    from vitkit.run.anomaly_predict import finds_defects, predict_anomalies
+
+    if finds_defects(run):
+        more = {} if detector is None else {"detector": detector}
+        return predict_anomalies(run, data, out=out, batch_size=batch_size, workers=workers, **more)
+    if detector is not None:
+        raise ConfigError(f"{run} is no anomaly run, and detector is for these", fix="leave detector out")
     model = load(run, say=lambda text: None)
-    found = model.predict(data, batch_size=batch_size, workers=workers)
+    found = model.predict(data, batch_size=batch_size, workers=workers, clips=clips, crops=crops)
     if out:
         from vitkit.run.files import atomic_write
 
@@ -215,7 +150,9 @@ def evaluate(*, model: Any = None, data: Any = None, **settings: Any) -> dict[st
 
     Frozen (the trunk runs once, its features are cached): knn, linear; mlknn for several labels an image; linear_grid, the
     radiology benchmark's SGD heads; few_shot, k images a class drawn many times. Trained, each a run in OUT/PROTOCOL:
-    full, lora, bitfit, adaptformer, dvpt, vpt. Masks instead of labels: segment_linear, segment_unet, segment_light.
+    full, lora, bitfit, adaptformer, dvpt, vpt. Masks instead of labels: segment_linear, segment_unet, segment_light,
+    segment_upernet, segment_pyramid. Other columns of a table (age, sex, view): metadata, with a report of its own; so has
+    cleanliness, which looks for outliers and position code in patch features, with or without labels.
     Slices of volumes (NIfTI, DICOM series) with a label a volume are pooled and scored as volumes.
 
     Everything is chosen on validation images; the test split is scored once. Returns {protocol: {"name" of the main metric,
@@ -361,26 +298,6 @@ def verb_doc(verb: str) -> str:
     return inspect.cleandoc(globals()[verb].__doc__ or "")
 
 
-def _defaults(verb: str, name: str) -> dict[str, Any]:
-    groups, _ = groups_for(verb, name)
-    values: dict[str, Any] = {}
-    for kind in groups.values():
-        values.update(configs.defaults_of(kind))
-    return {key: value for key, value in values.items() if key not in ("model", "data", "out")}
-
-
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords that were given, paths as text."""
     return {key: str(v) if key in REQUIRED else v for key, v in given.items() if v is not None}
-
-
-def _rank() -> int:
-    import os
-
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def _say(text: str) -> None:
-    import sys
-
-    print(text, file=sys.stderr, flush=True)
