@@ -251,7 +251,9 @@ def two_tables(result: Result, words: str, found: list[dict[str, float]]) -> boo
     }
     rows = [["stage 1: position read from a patch, R²", mean("stage 1 position, raw"), mean("stage 1 position, clean")]]
     rows += [[label, mean(f"{key} before"), mean(f"{key} after")] for key, label in labels.items()]
-    note = "stage 1 on its own pictures, the others on 32 test pictures a seed (26 X-rays), which neither stage has seen"
+    note = (
+        "stage 1 on its own pictures, the others on 32 test pictures a seed (26 X-rays), which neither stage has seen"
+    )
     result.table(f"{words}: before and after", ["figure", "before", "after"], rows, note)
     nearer = all(one["denoiser"] > max(one["raw"], one["fixed map"]) for one in found)
     position = all(one["position_rolled after"] < one["position_rolled before"] for one in found)

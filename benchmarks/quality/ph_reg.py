@@ -3,7 +3,7 @@
 Trunk: DeiT-Ti/16 trained on ImageNet-1k, at 160 px. Data: `camvid` streets (180 training, 70 test images, 11 classes) and
 `cxr_covid` X-rays (138 training, 26 test images with lung masks); distillation sees training images only, masks are for
 measuring. Arms: the trunk as it is, which gives high-norm tokens of its own before its final norm, with 4 registers (the
-published 16 stand beside 1,369 patches, these beside 100), with 16 and with none; and the same trunk with high-norm tokens
+published 16 stand beside 1,369 patches, these beside 100) and with none; and the same trunk with high-norm tokens
 planted at 12 positions. Everything is measured on test images: cosine to the denoised teacher, what
 `vitkit.evaluate.cleanliness` measures, and whether frozen weights kept every bit. Rates, steps, registers and sizes were set
 on training and validation images. Views and crops are kept (`keep_targets`): the teacher runs once.
@@ -27,13 +27,12 @@ from vitkit.parts.optim import build_optimizer
 from vitkit.run.parallel import side_by_side
 
 SIZE, BATCH, TRAINING = 160, 8, 96
-RATE, STEPS, WARM = 3e-4, 200, 20
+RATE, STEPS, WARM = 3e-4, 240, 20
 PLANTED, STRENGTH = 12, 20.0  # positions, and what is added there in standard deviations of the position table
 ARMS = {
     "as it is, 4 registers": (False, 4),
     "planted, 4 registers": (True, 4),
     "as it is, no registers": (False, 0),
-    "as it is, 16 registers": (False, 16),
 }
 SHOWN = ("high_norm", "high_norm_raw", "norm_ratio", "position", "position_rolled", "linear_iou", "neighbour_iou")
 
@@ -63,7 +62,8 @@ def main() -> int:
         "tens of thousands of steps at 518 px on 31,000 images"
     )
     result.note(
-        "New registers disturb the trunk at first: the student starts well below the teacher and has to pass it."
+        "New registers disturb the trunk at first: on three validation images the untrained student's cosine is 0.88 without, "
+        "0.84 with 4 and 0.76 with 16 of them beside 100 patches. It has to pass the teacher from there."
     )
     return result.finish(options.quick or holds)
 

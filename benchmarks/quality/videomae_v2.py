@@ -366,7 +366,8 @@ def report_digits(result: Result, found: dict[tuple, dict], seeds: range) -> boo
         f"fine-tuned: {100 * gain:+.1f} points over random weights; one frame {single_frame:.1%} (chance 12.5 %)"
     )
     result.note(
-        f"on still videos a mask drawn for each time step reaches {leak:.2f} of the tube mask's loss: it copies"
+        f"on still videos a mask drawn for each time step reaches {leak:.2f} of the tube mask's loss: "
+        + ("it copies" if leak < 0.95 else "copying, which would show as less, is not learnt in so few steps")
     )
     result.note(f"noise in place of hidden tubes changes predictions by {changed:.1g}")
     return apart <= 0.03 and probe >= -0.05 and gain > 0 and single_frame < 0.25 and leak < 1 and changed == 0

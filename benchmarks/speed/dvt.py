@@ -10,7 +10,6 @@ street scene through DeiT-Ti (192 wide), repeated to 768 for the width of ViT-B.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -29,11 +28,13 @@ from vitkit.parts.decomposition import Decomposition, Fit, field_maps
 from vitkit.parts.hash_grid import total_entries
 from vitkit.run.dvt_stage1 import levels_of, plan_of, view_features, whole_picture
 
-GOAL, SAME = 5.0, 0.995  # times faster; cosine of the clean maps
+GOAL, SAME, SLACK = 5.0, 0.995, 0.01  # times faster; cosine of the clean maps; what a smaller table may lose of it
+PAPER = "dense Adam, table as the paper's"
+TOUCHED = "rows touched, table as the paper's"
 WAYS = {  # settings that differ
     "ours: rows touched, table matched to the crops": {"rows": "touched", "max_resolution": "auto"},
-    "rows touched, table as the paper's": {"rows": "touched", "max_resolution": 1024},
-    "dense Adam, table as the paper's": {"rows": "dense", "max_resolution": 1024},
+    TOUCHED: {"rows": "touched", "max_resolution": 1024},
+    PAPER: {"rows": "dense", "max_resolution": 1024},
     "dense Adam, table matched to the crops": {"rows": "dense", "max_resolution": "auto"},
 }
 
@@ -43,8 +44,10 @@ def main() -> int:
     torch.set_num_threads(1)
     claim = (
         f"A step of stage 1 is at least {GOAL:.0f} times as fast as with dense Adam over the official table, at features of "
-        f"192 numbers: without weight decay the same table to 1e-3 of its largest entry, with it clean maps of cosine {SAME} "
-        "to the dense optimiser's, and a loss no higher by more than 2 %."
+        "192 numbers. The result is equal: on that table touched rows give dense Adam's entries to 1e-3 of the largest "
+        f"without weight decay, and with it a clean map of cosine {SAME} to the dense one; the smaller table gives a loss "
+        "on unseen views that is no more than 2 % higher, and a map as near to the dense one as another random start of the "
+        "same table does."
     )
     result = Result("dvt", "speed", claim, options.quick)
     views, where = features(8 if options.quick else 32)
@@ -66,16 +69,16 @@ def features(count: int) -> tuple[Tensor, Tensor]:
     return views[None], where[None]
 
 
-def made(views: Tensor, where: Tensor, way: dict, steps: int, **more: object) -> Fit:
+def made(views: Tensor, where: Tensor, way: dict, steps: int, start: int = 0, **more: object) -> Fit:
     settings = Settings(steps=steps, **way)
     grid = (views.shape[2], views.shape[3])
-    model = Decomposition(views.shape[-1], grid, levels_of(settings, grid), seeds=[0])
+    model = Decomposition(views.shape[-1], grid, levels_of(settings, grid), seeds=[start])
     return Fit(model, views, where, replace(plan_of(settings), **more), seeds=[1])  # type: ignore[arg-type]
 
 
 def same_table(result: Result, views: Tensor, where: Tensor, steps: int) -> bool:
     """Without weight decay, and G at rest from the start so that both read it alike."""
-    ways = [{**way, "max_resolution": 256} for way in (WAYS["rows touched, table as the paper's"], _dense())]
+    ways = [{**WAYS[name], "max_resolution": 256} for name in (TOUCHED, PAPER)]
     more = {"weight_decay": 0.0, "freeze_after": 0.0}
     tables = []
     for way in ways:
@@ -92,31 +95,36 @@ def same_table(result: Result, views: Tensor, where: Tensor, steps: int) -> bool
     return apart < 1e-3
 
 
-def _dense() -> dict:
-    return WAYS["dense Adam, table as the paper's"]
-
-
 def same_maps(result: Result, views: Tensor, where: Tensor, steps: int) -> bool:
-    """The clean map and the last losses of whole runs with the official weight decay."""
+    """The clean map, and the loss on views that were not fitted, of whole runs with the official weight decay."""
+    apart = max(1, views.shape[1] // 8)
     maps, losses, seconds = {}, {}, {}
-    for name, way in WAYS.items():
-        fit, last, start = made(views, where, way, steps), [], time.perf_counter()
-        fit.run(lambda found, last=last: last.append(float(sum(value.sum() for value in found.values()))))
+    another = "another start of it"
+    for name, way in {**WAYS, another: WAYS[TOUCHED]}.items():
+        fit = made(views[:, apart:], where[:, apart:], way, steps, start=int(name == another))
+        start = time.perf_counter()
+        fit.run()
         seconds[name] = time.perf_counter() - start
-        maps[name], losses[name] = field_maps(fit.model)[0], statistics.mean(last[-20:])
-    reference = "dense Adam, table as the paper's"
-    rows, good = [], []
-    for name, found in maps.items():
-        cosine = float(F.cosine_similarity(found, maps[reference], dim=-1).mean())
-        rows.append([name, cosine, losses[name], losses[name] / losses[reference], seconds[name]])
-        good.append(cosine >= SAME and losses[name] <= 1.02 * losses[reference])
+        maps[name], losses[name] = field_maps(fit.model)[0], unseen_loss(fit, views[:, :apart], where[:, :apart])
+    cosines = {name: float(F.cosine_similarity(one, maps[PAPER], dim=-1).mean()) for name, one in maps.items()}
+    ratios = {name: losses[name] / losses[PAPER] for name in maps}
     result.table(
         f"Whole runs of {steps} steps",
-        ["way", "cosine to the dense map", "loss", "of the dense loss", "seconds"],
-        rows,
-        f"one picture, {views.shape[1]} views, mean loss of the last 20 steps, same pixels; weight decay 1e-5",
+        ["way", "cosine to the dense map", "loss on unseen views", "of the dense loss", "seconds"],
+        [[name, cosines[name], losses[name], ratios[name], seconds[name]] for name in maps],
+        f"one picture, {views.shape[1] - apart} views and {apart} apart, same pixels; weight decay 1e-5",
     )
-    return all(good[:2])
+    ours = next(iter(WAYS))
+    return cosines[TOUCHED] >= SAME and ratios[ours] <= 1.02 and cosines[ours] >= cosines[another] - SLACK
+
+
+@torch.no_grad()
+def unseen_loss(fit: Fit, views: Tensor, where: Tensor) -> float:
+    """mse + 1 - mean cosine of what field, shared map and residual make of other crops."""
+    raw, coords = views.flatten(1, 3), where.flatten(1, 3)
+    places = torch.arange(fit.places).repeat(views.shape[1]).unsqueeze(0)
+    found = fit.model.losses(raw, fit.model.field(coords), fit.model.artifact(places), second=True)
+    return float(found["l2"] + found["cosine"])
 
 
 def steps_race(result: Result, views: Tensor, where: Tensor, dim: int, rounds: int) -> bool:
@@ -140,11 +148,7 @@ def steps_race(result: Result, views: Tensor, where: Tensor, dim: int, rounds: i
     result.table(
         f"A step at width {dim}", columns, rows, "2,048 pixels, second phase, one thread, median of runs in turn"
     )
-    return medians[_name("dense")] / medians[ours] >= GOAL
-
-
-def _name(word: str) -> str:
-    return next(name for name in WAYS if name.startswith(word))
+    return medians[PAPER] / medians[ours] >= GOAL
 
 
 if __name__ == "__main__":

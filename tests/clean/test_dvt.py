@@ -346,7 +346,9 @@ def test_from_pictures_to_a_clean_vit(photos, tmp_path, capsys, monkeypatch):
     passport = json.loads((out / "passport.json").read_text())
     assert passport["steps"][-1]["method"] == "clean.dvt" and passport["steps"][-1]["settings"]["grid"] == [4, 4]
     report = (out / "report.html").read_text()
-    assert "How clean the patch features are" in report and "&#39;value&#39;" not in report  # intervals are shown as such
+    assert (
+        "How clean the patch features are" in report and "&#39;value&#39;" not in report
+    )  # intervals are shown as such
 
 
 def test_adapting_a_clean_vit(tmp_path):

@@ -133,11 +133,11 @@ def test_before_and_after_share_images_and_limits(images):
     change = found.differences["position_rolled"]
     assert change.value < -0.7 and change.high < -0.5 and change.n == 16
     table = found.tables[0]
-    assert table["columns"] == ["figure", "dirty", "clean", "difference", "better"]
-    assert all(len(row) == 5 for row in table["rows"])
+    assert table["columns"] == ["figure", "dirty", "clean", "difference", "95 % interval", "better"]
+    assert all(len(row) == 6 for row in table["rows"])
     assert [row[0] for row in table["rows"]][-1].startswith("for scale")
     assert "16 scored images, 48 patches each" in table["note"]
-    assert "position code" in found.verdict and "->" in found.verdict
+    assert "position code" in found.verdict and " to " in found.verdict
     assert len(found.pictures) == 2 and len(found.pictures[0]) == 5 == len(found.columns)
     for shown, caption in found.pictures[0]:
         assert shown.dtype == np.uint8 and shown.ndim == 3 and caption

@@ -6,7 +6,7 @@ of Yang et al., "Denoising Vision Transformers", ECCV 2024 (arXiv 2401.02957); t
 What happens, and where: some images are for fitting, others are scored (`choose`). High-norm tokens are patches whose norm
 exceeds median + 3 x 1.4826 x MAD, the median and MAD being of all scored patches (`limit_of`); about 0.13 % of normally
 distributed norms do. `before_after` holds both models against the first one's limit, so that a narrower distribution is
-not punished. Norms are taken of what a dense head reads, and before the final norm, as Darcet et al. plot them. Position:
+not punished. Norms are taken of what a dense head reads, and before the final norm, which hides most of an outlier. Position:
 a ridge regression reads (row, column) from single patches (`patch_probes.position_errors`), on the images as they are,
 and with their content rolled around by a random number of whole patches, so that only the model can tell where a patch
 is; what the pixels of a patch give away stands beside it. With masks: mean IoU of a logistic regression on single patches,
@@ -18,7 +18,7 @@ Cost: two forward passes an image for each model, closed-form regressions; 64 + 
 one core.
 
     vitkit evaluate --model vit_small_patch14_dinov2.lvd142m --data photos/ --protocols cleanliness --out runs/clean
-    vitkit.evaluate.cleanliness.measure(vit, vitkit.data.read("photos/"))
+    vitkit.evaluate(model="vit_small_patch14_dinov2.lvd142m", data="photos/", protocols="cleanliness", out="runs/clean")
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from vitkit.evaluate.masks import UNKNOWN
 from vitkit.evaluate.patch_views import Seen, evaluating, mask_of, patch_colours, seen
 from vitkit.evaluate.resampling import case_mean
 from vitkit.evaluate.statistics import Difference, Interval, bootstrap, paired_bootstrap
-
 
 INTERVAL = "95 % interval"
 
@@ -74,7 +73,6 @@ class Figure:
     better: str  # "lower", "higher"
     rows: np.ndarray
     metric: Callable[[np.ndarray], float]
-    unit: str = ""
 
     @property
     def value(self) -> float:

@@ -20,11 +20,13 @@ at a fraction of the rate, with a `drop_path` of at most 0.1 and an anchor to th
 images and goes back to the best state when they get worse (`run.guard`). The collapse doctor (`run.collapse`) says in words
 what goes wrong.
 
-Differs from the paper: nothing in the loss. Crops of one size run together, sizes one after the other, instead of packed by
-xformers; prototypes are evaluated in chunks and no logits are kept; the guard is ours (`guard=false` is the paper's way, with
-fresh heads where the weights have none). A ViT without class token distils the mean of its patches. Data-parallel, not FSDP;
-KoLeo's neighbours are those of one process, as published, everything else is over all processes. Published models were
-trained with blur probabilities that the code inverts (0, 0.9, 0.5 for first, second and small crops): so is `blur_p`.
+Differs from the paper: nothing in the loss. The rate's warm-up is the loop's: base i / W in step i of W, where the official
+linspace gives base i / (W - 1); the other schedules are exact. Crops of one size run together, sizes one after the other,
+instead of packed by xformers; prototypes are evaluated in chunks and no logits are kept; the guard is ours (`guard=false` is
+the paper's way, with fresh heads where the weights have none). A ViT without class token distils the mean of its patches.
+Data-parallel, not FSDP; KoLeo's neighbours are those of one process, as published, everything else is over all processes.
+Published models were trained with blur probabilities that the code inverts (0, 0.9, 0.5 for first, second and small crops):
+so is `blur_p`.
 
 Cost: 2 teacher and 2 student passes of large crops and `local_crops` small ones an image; prototypes x rows for the heads.
 Rates above 0.1 of `drop_path` save their share of the student's work. The anchor costs 2 more passes without gradient.

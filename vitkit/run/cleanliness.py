@@ -32,11 +32,11 @@ def asked(config: Config) -> bool:
 
 
 def cleanliness_job(config: Config) -> dict[str, dict[str, Any]]:
-    """{figure: {"name", "value", "low", "high", "n", "chosen"}} of the model, and with `before` of that one beside it
+    """{figure: {"name", "value", "low", "high", "n"}} of the model, and with `before` of that one beside it
     ("before", "difference"). With `out`, results.json and a report with pictures are written there."""
     from dataclasses import replace
 
-    from vitkit.evaluate.cleanliness import before_after, measure
+    from vitkit.evaluate.cleanliness import before_after, measure, note_of
     from vitkit.evaluate.cleanliness_pictures import side_by_side
     from vitkit.evaluate.feature_maps import picture
     from vitkit.run.measure import _home, device_of
@@ -51,7 +51,8 @@ def cleanliness_job(config: Config) -> dict[str, dict[str, Any]]:
             size = (int(vit.passport.preprocess.image_size[0]), int(vit.passport.preprocess.image_size[1]))
             shown = [picture(vit, images, int(one.scored[row]), size) for row in one.shown]
             rows, columns = side_by_side({"model": one}, shown)
-            tables, verdict, differences = [one.table()], one.verdict(), {}
+            tables, differences = [], {}
+            verdict = f"{one.verdict()} ({note_of(one)})"
         else:
             inputs = replace(config.inputs, model=config.own.before)
             first: Any = open_model(inputs, seed=machine.seed, say=say).eval()
@@ -98,9 +99,8 @@ def _write(
     vit.passport.save(folder.path)
     if rows:
         folder.save_pictures(TITLE, rows, columns=columns, note=NOTE)
-    metrics = [
-        {**{key: one[key] for key in ("name", "value", "low", "high", "n")}, "split": ""} for one in entries.values()
-    ]
+    keys = ("name", "value", "low", "high", "n")
+    metrics = [] if tables else [{key: one[key] for key in keys} | {"split": ""} for one in entries.values()]
     folder.finish(
         {"verb": "evaluate", "task": CLEANLINESS, "verdict": f"{verdict}.", "metrics": metrics, "tables": tables}
     )

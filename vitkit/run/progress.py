@@ -146,7 +146,7 @@ class Progress:
         if self.done == self.start:
             return  # nothing was trained: a finished run, or an error before the first batch
         seconds = now - self._began
-        speed = f"{self.images / max(seconds, 1e-9):.0f} img/s"
+        speed = pace(self.images / max(seconds, 1e-9))
         if kind is None:
             loss = f"  loss {self.loss:.4g}" if self.loss is not None else ""
             print(f"{self.done} of {self.total} steps in {clock(seconds)}{loss}  {speed}", file=self._file, flush=True)
@@ -173,7 +173,7 @@ class Progress:
             out.append(f"lr {self.lr:.2e}")
         out += [f"{name} {value:.4g}" for name, value in self.extra.items()]
         if self.seconds_left is not None:
-            out += [f"{self.img_per_s:.0f} img/s", f"data wait {self.data_wait:.0%}", f"ETA {clock(self.seconds_left)}"]
+            out += [pace(self.img_per_s), f"data wait {self.data_wait:.0%}", f"ETA {clock(self.seconds_left)}"]
         memory = peak_memory()
         return [*out, memory] if memory else out
 
@@ -209,6 +209,12 @@ class Progress:
             Text(f"{share:4.0%}"),
         )
         return Group(grid, Text("  ".join(self._parts()), style="dim", overflow="ellipsis", no_wrap=True))
+
+
+def pace(images_per_second: float) -> str:
+    """Images a second, with decimals below one."""
+    digits = 0 if images_per_second >= 1 or not images_per_second else 2
+    return f"{images_per_second:.{digits}f} img/s"
 
 
 def clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def save_reconstructions(
 ) -> None:
     """Original, masked and reconstructed pictures of held-out images."""
     chosen = images.subset(np.linspace(0, len(images) - 1, num=min(6, len(images))).astype(int))
-    batch = next(iter(evaluation_batches(chosen, eval_view(preprocess), machine)))
+    all_of_them = replace(machine, batch_size=len(chosen))
+    batch = next(iter(evaluation_batches(chosen, eval_view(preprocess), all_of_them)))
     batch["image"] = prepare(batch["image"])
     out = method.reconstruct(batch)
     ratio = float(out["mask"].float().mean())
