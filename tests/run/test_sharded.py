@@ -74,7 +74,7 @@ def test_rows_equal_those_of_the_array(tmp_path):
     found = vitkit.embed(**SHARDS, data=data, out=tmp_path / "parquet")
     assert (found.rows, found.dim, found.shards, found.skipped) == (30, 24, 4, [])
     got = found.read()
-    x = vitkit.embed(**{**SHARDS, "format": "npy", "batch_size": 8}, data=data, out=tmp_path / "npy")
+    x = vitkit.embed(**{**MODEL, "format": "npy", "batch_size": 8}, data=data, out=tmp_path / "npy")
     table = pd.read_csv(tmp_path / "npy" / "images.csv", keep_default_na=False)
     np.testing.assert_allclose(got.x, x, rtol=0, atol=1e-6)
     assert got.x.dtype == np.float32 and got.names == table.name.tolist()

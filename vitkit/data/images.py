@@ -77,7 +77,8 @@ class Images:
     names: list[str]  # short and stable: relative to the data set, used in split files and the fingerprint
     masks: Masks | None = None
     understood: list[str] = field(default_factory=list)
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # kept columns: (N,) tuples of the texts of each picture
+    # Kept columns of a table: (N,) tuples of the texts of each picture.
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.rows)

@@ -203,7 +203,7 @@ def _rebuilt(found: Found, rows: _Rows, keep: np.ndarray, how: How) -> Found:
         labels=take(found.labels),
         split=take(found.split),
         group=take(found.group),
-        columns={name: take(cells) for name, cells in found.columns.items()},
+        columns={name: cells[origin] for name, cells in found.columns.items()},
         masks=_masks(found, origin, file, store),
         rows=None,
         frames=None,

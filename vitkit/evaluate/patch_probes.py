@@ -107,7 +107,7 @@ def neighbour_tables(
     classes: int,
     seed: int,
 ) -> np.ndarray | None:
-    """As `linear_tables`, with the votes of the 20 fitted patches most like it (cosine), weighted by exp(similarity / 0.07)."""
+    """As `linear_tables`, with the votes of the 20 fitted patches most like it, weighted by exp(cosine / 0.07)."""
     rows = np.flatnonzero(labels.reshape(-1) >= 0)
     rows = rows[drawn(len(rows), seed)]
     names, y = np.unique(labels.reshape(-1)[rows], return_inverse=True)

@@ -23,7 +23,7 @@ class Adaptation(nn.Module):
     """
 
     needs_labels = True
-    kinds = ("image", "volume", "video")
+    kinds: tuple[str, ...] = ("image", "volume", "video")
 
     def __init__(
         self,

@@ -86,29 +86,9 @@ def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
     torch.manual_seed(machine.seed)
     vit = open_model(inputs, seed=machine.seed, say=say, num_classes=0, drop_path_rate=train.drop_path)
     require_kind(kind, vit, f"{verb} {name}")
-    method = kind(vit, config.method)
-    if hasattr(method, "adopt") and getattr(method, "adopts", "mask_token") in vit.extras:
-        say(method.adopt(vit.extras))
-    for note in getattr(method, "notes", ()):
-        say(note)
-    if hasattr(method, "require"):  # what this method cannot learn from is refused before anything is written
-        method.require(len(used), machine.batch_size, fabric.world_size)
+    method = _built(kind, vit, config, used, fabric.world_size, say)
     preprocess = vit.passport.preprocess
-    if images.kind == "volume":
-        from vitkit.run.volume_jobs import smaller_than_crop
-
-        for sentence in smaller_than_crop(used, preprocess):
-            say(sentence)
-    if len(used) < 5000 and vit.passport.base.get("kind") == "random":
-        say(
-            f"{len(used)} images are few to pre-train from random weights: continuing from released weights "
-            "usually does better (leave pretrained at true)"
-        )
-    if hasattr(method, "views"):
-        view, test_view = method.views(preprocess, train)
-    else:
-        test_view = eval_view(preprocess)
-        view = pretrain_view(preprocess, scale=train.crop_scale, hflip=train.hflip) if train.augment else test_view
+    view, test_view = _views(method, preprocess, train)
     folder = RunFolder(train.out)
     prepare = prepare_for(preprocess, fabric.device)
 
@@ -126,10 +106,10 @@ def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
     state = _fit(fabric, method, used, view, prepare, config, folder, validate=checks, keep_best=guarded)
     if first:
         method.eval()
+        summary = _summary(verb, name, method, state)
         given_back = guard.settle(method, state) if guard is not None else False
         vit = method.finish()
         save_model(folder, method, vit, name=f"{verb}.{name}", config=config, images=images, adapted=False)
-        summary = _summary(verb, name, method, state)
         shown = held_out if len(held_out) else used
         records = [r for r in folder.records() if "val_loss" in r]
         summary["metrics"] = loss_metrics(method, used, held_out, preprocess, prepare, machine, records)
@@ -144,6 +124,37 @@ def pretrain_job(fabric: Any, verb: str, name: str, config: Config) -> None:
             summary["tables"].append(collapse.table(method.doctor().replay(folder.records())))
         finish(folder, summary, state, say)
     fabric.barrier()
+
+
+def _built(kind: type, vit: nn.Module, config: Config, used: Images, world: int, say: Any) -> nn.Module:
+    """The method on `vit`, its heads gone on with where the weights bring them; what it cannot learn from is refused before
+    anything is written, what is unwise is said."""
+    method = kind(vit, config.method)
+    if hasattr(method, "adopt") and getattr(method, "adopts", "mask_token") in vit.extras:
+        say(method.adopt(vit.extras))
+    for note in getattr(method, "notes", ()):
+        say(note)
+    if hasattr(method, "require"):
+        method.require(len(used), config.machine.batch_size, world)
+    if used.kind == "volume":
+        from vitkit.run.volume_jobs import smaller_than_crop
+
+        for sentence in smaller_than_crop(used, vit.passport.preprocess):
+            say(sentence)
+    if len(used) < 5000 and vit.passport.base.get("kind") == "random":
+        say(
+            f"{len(used)} images are few to pre-train from random weights: continuing from released weights "
+            "usually does better (leave pretrained at true)"
+        )
+    return method
+
+
+def _views(method: nn.Module, preprocess: Any, train: Any) -> tuple[Any, Any]:
+    """(of training, of evaluation): the method's own, or a random crop and the centre."""
+    if hasattr(method, "views"):
+        return method.views(preprocess, train)
+    plain = eval_view(preprocess)
+    return pretrain_view(preprocess, scale=train.crop_scale, hflip=train.hflip) if train.augment else plain, plain
 
 
 def supervised_job(fabric: Any, verb: str, name: str, config: Config) -> None:
