@@ -69,6 +69,7 @@ def main(checkpoint: str) -> None:
         axis.set_title(title.replace(": ", ":\n"), fontsize=9)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(TARGET)
+    Image.open(TARGET).convert("RGB").quantize(128).save(TARGET, optimize=True)  # a fifth of the bytes
     print(found.verdict)
 
 
