@@ -32,6 +32,7 @@ from vitkit.evaluate import linear, metrics
 from vitkit.evaluate.representation import effective_rank, outputs_of
 from vitkit.evaluate.statistics import mean_interval
 from vitkit.pretrain.tov_vicreg import ORDERS, Settings, TOVVICReg
+from vitkit.run.files import atomic
 from vitkit.run.parallel import side_by_side
 
 SIDE, CROSSING, DIGIT = 32, 24, 12  # pixels of a frame, frames of a crossing, pixels of a digit
@@ -171,7 +172,8 @@ def moving(folder: Path, seed: int, episodes: int, *, shuffled: bool = False) ->
     if shuffled:
         stream = np.concatenate([part[rng.permutation(len(part))] for part in frames])
     path = folder / f"moving-{seed}-{shuffled}.npz"
-    np.savez(path, frames=stream, episodes=np.concatenate(numbers))
+    with atomic(path) as file:  # arms side by side write the same streams
+        np.savez(file, frames=stream, episodes=np.concatenate(numbers))
     return path, np.concatenate(directions)
 
 
