@@ -40,6 +40,7 @@ from vitkit.parts.cross_attention import CrossBlock, first_block
 from vitkit.parts.masking import RandomMask, random_mask, sample_noise
 from vitkit.parts.patches3d import patchify_3d, unpatchify_3d
 from vitkit.parts.sincos3d import sincos_3d
+from vitkit.parts.xavier import xavier_encoder, xavier_linear
 
 RECIPE = {
     "epochs": 1000,  # official main.py
@@ -125,7 +126,7 @@ class HiEndMAE(nn.Module):
         if settings.positions == "sincos" or (settings.positions == "auto" and fresh and vit.embed_dim % 6 == 0):
             fix_positions(vit)
         if passport is not None and fresh and not passport.lineage:
-            init_weights(vit)
+            xavier_encoder(vit)
         dim, patch = settings.decoder_dim, vit.patch_embed.patch_size
         self.encoder_to_decoder = nn.ModuleList(nn.Linear(vit.embed_dim, dim) for _ in range(len(settings.layers) + 1))
         for layer in self.encoder_to_decoder:
@@ -308,7 +309,7 @@ class Decoder(nn.Module):
         )
         self.cross_attention_blocks = nn.ModuleList(CrossBlock(dim, heads, mlp_ratio=mlp_ratio) for _ in range(cross))
         self.norm, self.head = norm(dim), nn.Linear(dim, out_dim)
-        self.apply(_init_linear)
+        self.apply(xavier_linear)
 
     def forward(
         self, visible: Tensor, table: Tensor, masked: Tensor, memory: list[Tensor], *, everything: bool = False
@@ -345,21 +346,3 @@ def fix_positions(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.pos_embed.copy_(sincos_3d(vit.embed_dim, vit.patch_embed.grid_size, prefix=rows))
     vit.pos_embed.requires_grad_(False)
-
-
-def init_weights(vit: nn.Module) -> None:
-    """The official start of an encoder: xavier-uniform linear layers and patch projection, tokens normal(0, 0.02)."""
-    for name, module in vit.named_modules():
-        if not name.startswith("head"):
-            _init_linear(module)
-    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
-    for token in (vit.cls_token, vit.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -38,6 +38,7 @@ from vitkit.errors import ConfigError, WeightsError
 from vitkit.parts.masking import RandomMask, random_mask, sample_noise
 from vitkit.parts.patches import patch_pixels
 from vitkit.parts.positions import sincos_2d
+from vitkit.parts.xavier import xavier_encoder, xavier_linear
 
 RECIPE = {
     "epochs": 800,  # medical_mae PRETRAIN.md; MAE 800 to 1600
@@ -95,7 +96,7 @@ class MAE(nn.Module):
         if settings.positions == "sincos" or (settings.positions == "auto" and fresh):
             fix_positions(vit)
         if passport is not None and fresh and not passport.lineage:
-            init_weights(vit)
+            xavier_encoder(vit)
         self.decoder = Decoder(
             in_dim=vit.embed_dim,
             dim=settings.decoder_dim,
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, out_dim)
         self._tables: dict[tuple, Tensor] = {}
-        self.apply(_init_linear)
+        self.apply(xavier_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: tokens.Tokens, mask: RandomMask) -> Tensor:
@@ -329,24 +330,6 @@ def fix_positions(vit: nn.Module) -> None:
         vit.pos_embed.zero_()
         vit.pos_embed[0, rows:] = table
     vit.pos_embed.requires_grad_(False)
-
-
-def init_weights(vit: nn.Module) -> None:
-    """MAE's initialisation of an encoder that starts from nothing: xavier-uniform linear layers and patch projection."""
-    for name, module in vit.named_modules():
-        if not name.startswith("head"):
-            _init_linear(module)
-    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
-    for token in (vit.cls_token, vit.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _official_name(name: str) -> str:

@@ -39,6 +39,7 @@ from vitkit.parts.cosine_attention import CosineAttention
 from vitkit.parts.sinusoid import sinusoid
 from vitkit.parts.tube_masks import DualMask, draw, dual_mask
 from vitkit.parts.video_names import to_official, to_timm
+from vitkit.parts.xavier import xavier_blocks, xavier_linear
 from vitkit.passport import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPE = {
@@ -280,7 +281,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out_dim)
         self._tables: dict[tuple, Tensor] = {}
-        self.apply(_init_linear)
+        self.apply(xavier_linear)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, latent: tokens.Tokens, mask: DualMask) -> Tensor:
@@ -363,14 +364,5 @@ def pixel_statistics(vit: nn.Module) -> tuple[Tensor, Tensor]:
 
 def init_weights(vit: nn.Module) -> None:
     """The authors' start of an encoder without weights: xavier-uniform linear layers, torch's own patch projection."""
-    for name, module in vit.named_modules():
-        if not name.startswith("head"):
-            _init_linear(module)
+    xavier_blocks(vit)
     vit.patch_embed.proj.reset_parameters()
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
