@@ -152,6 +152,8 @@ class Train:
     """RandAugment in timm's words, e.g. rand-m6-mstd0.5-inc1"""
     compile: bool = False
     """torch.compile every transformer block"""
+    shard: bool = False
+    """FSDP: each of several processes holds only its share of weights, gradients and optimiser state"""
     eval_every: int = 1
     """epochs between validations"""
     save_every: int | None = None

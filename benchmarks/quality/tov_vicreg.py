@@ -2,7 +2,7 @@
 
 Moving digits: scikit-learn's digits cross crops of real photographs (`imagenet_samples`) to the left or to the right, 32 px;
 every episode is one crossing, backgrounds and digits of the test are not those of the training. Arms: TOV-VICReg, VICReg alone
-(temporal_coeff 0), TOV-VICReg without variance and covariance terms, TOV-VICReg on shuffled frames, random weights. Judged by
+(temporal_coeff 0), TOV-VICReg without variance and covariance terms, both on shuffled frames, random weights. Judged by
 a linear probe (penalty chosen on validation) of the direction from the class token of one observation of three frames.
 
 Atari: the ten games of `atari_frames`, split by time; is an observation played forwards or backwards?
@@ -36,13 +36,14 @@ from vitkit.run.files import atomic
 from vitkit.run.parallel import side_by_side
 
 SIDE, CROSSING, DIGIT = 32, 24, 12  # pixels of a frame, frames of a crossing, pixels of a digit
-CROSSINGS = 1900  # each is seen once: with 400, seen five times, the temporal head learns them by heart
+CROSSINGS = 3800  # each is seen once: with 400, seen five times, the temporal head learns them by heart
 DIRECTIONS = 2  # left and right; 4 adds up and down
 ARMS = {
     "TOV-VICReg": {},
     "VICReg": {"temporal_coeff": 0.0},
     "no variance, covariance": {"std_coeff": 0.0, "cov_coeff": 0.0},
     "shuffled frames": {},
+    "shuffled frames, VICReg": {"temporal_coeff": 0.0},
 }
 REAL_ARMS = ("random weights", "VICReg", "TOV-VICReg")
 SMALL = {"model": "vit_tiny_patch16_224", "pretrained": False, "workers": 0, "quiet": True, "mlp": "128-128-64",
@@ -64,7 +65,8 @@ def main() -> int:
     claim = (
         "A frozen TOV-VICReg encoder tells the direction of motion at least 15 points better than random weights and better "
         "than VICReg without the temporal term; its temporal head beats the prior (held-out loss below 0.45); its embeddings "
-        "use at least 5 times as many directions as without variance and covariance terms; shuffled frames destroy the gain."
+        "use at least 5 times as many directions as without variance and covariance terms; shuffled frames destroy the gain "
+        "over random weights, and what the temporal term gains over VICReg alone."
     )
     result = Result("tov_vicreg", "quality", claim, options.quick)
     seeds = range(1 if options.quick else 3)
@@ -99,7 +101,7 @@ def report_digits(result: Result, found: dict, seeds: int) -> bool:
         if part == "digits"
     }
     rows = []
-    for arm in ("TOV-VICReg", "VICReg", "no variance, covariance", "shuffled frames", "random weights"):
+    for arm in (*ARMS, "random weights"):
         own = mean[arm]
         span = f"{own['direction'].low:.3f} to {own['direction'].high:.3f}"
         rows.append([arm, own["direction"].value, span, *(own[key].value if key in own else None for key in keys[1:])])
@@ -110,7 +112,7 @@ def report_digits(result: Result, found: dict, seeds: int) -> bool:
     )
     result.table("Moving digits, frozen encoders", columns, rows, note)
     own, random, plain = (mean[arm]["direction"].value for arm in ("TOV-VICReg", "random weights", "VICReg"))
-    shuffled = mean["shuffled frames"]["direction"].value
+    shuffled, shuffled_plain = (mean[f"shuffled frames{more}"]["direction"].value for more in ("", ", VICReg"))
     ranks = mean["TOV-VICReg"]["rank"].value / mean["no variance, covariance"]["rank"].value
     loss = mean["TOV-VICReg"]["temporal loss"].value
     gates = {
@@ -120,9 +122,15 @@ def report_digits(result: Result, found: dict, seeds: int) -> bool:
         f"{ranks:.1f} times the rank without variance and covariance terms (gate 5)": ranks >= 5,
         f"shuffled frames leave {100 * (shuffled - random):+.1f} of the {100 * (own - random):+.1f} points (gate: under half)":
             shuffled - random < 0.5 * (own - random),
+        f"on shuffled frames the temporal term adds {100 * (shuffled - shuffled_plain):+.1f} points to VICReg, in order "
+        f"{100 * (own - plain):+.1f} (gate: under half)": shuffled - shuffled_plain < 0.5 * (own - plain),
     }  # fmt: skip
     for words, kept in gates.items():
         result.note(f"{words}: {'met' if kept else 'MISSED'}")
+    result.note(
+        "a first run with half as many crossings had a held-out temporal loss of 0.457; their number was doubled after that, "
+        "and crossings and photographs of this run were drawn anew"
+    )
     return all(gates.values())
 
 
@@ -149,9 +157,9 @@ def moving(folder: Path, seed: int, episodes: int, *, shuffled: bool = False) ->
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    rng = np.random.default_rng(1000 + seed)
+    rng = np.random.default_rng(2000 + seed)
     pictures = sorted((data("imagenet_samples")).rglob("*.jpg"))
-    rng_fixed = np.random.default_rng(7)
+    rng_fixed = np.random.default_rng(8)
     pictures = [pictures[i] for i in rng_fixed.permutation(len(pictures))]
     digits = load_digits().images
     frames, numbers, directions = [], [], []
@@ -220,8 +228,8 @@ def digits_arm(folder: str, seed: int, arm: str, quick: bool, judged: str = "tes
     label = directions[images.store.index[images.rows]]
     if arm == "random weights":
         return {"direction": probe(features(untrained(DIGITS, seed), images), label, images.split, judged)}
-    path = moving(Path(folder), seed, count, shuffled=True)[0] if arm == "shuffled frames" else plain
-    out = Path(folder) / f"digits-{arm.replace(' ', '_')}-{seed}"
+    path = moving(Path(folder), seed, count, shuffled=True)[0] if arm.startswith("shuffled") else plain
+    out = Path(folder) / f"digits-{arm.replace(' ', '_').replace(',', '')}-{seed}"
     few = {"max_steps": 10} if quick else {}
     run = vitkit.pretrain("tov_vicreg", data=path, out=out, seed=seed, **{**DIGITS, **ARMS[arm], **few})
     vit = vitkit.load(out, say=None).vit.eval()

@@ -187,6 +187,8 @@ def test_mask_classes_and_ignored_value_come_from_a_file(tmp_path):
     images = data.read(tmp_path)
     assert images.classes == ["road", "car"] and images.masks.ignore == 2
     said(images, "value 2 is to be ignored")
+    by_name = {name: int(images.mask(i).unique()) for i, name in enumerate(images.names)}
+    assert sorted(by_name.values()) == [0, 1, 255]
 
 
 def test_binary_masks_and_instances(tmp_path):

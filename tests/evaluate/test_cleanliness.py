@@ -149,6 +149,11 @@ def test_both_models_are_held_against_the_first_ones_limit(images):
     assert before >= 3 / 48 and after == 0.0
     again = before_after(Stub(noise=1.0, outliers=3), Stub(noise=0.5), images, settings=SMALL)
     assert again.figures == found.figures
+    louder = Stub(noise=1.0, outliers=3)
+    plain_forward = louder.forward_intermediates
+    louder.forward_intermediates = lambda *args, **kwargs: [7.0 * one for one in plain_forward(*args, **kwargs)]
+    found = before_after(Stub(noise=1.0, outliers=3), louder, images, settings=SMALL)
+    assert found.figures["high_norm"] == (before, before)  # the same tokens stand out, at every scale
 
 
 def test_a_model_against_itself_changes_nothing(images):

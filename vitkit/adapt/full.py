@@ -80,6 +80,8 @@ def trains(name: str) -> bool:
 class Full(Adaptation):
     """A ViT and a new head for `task`, all trainable."""
 
+    shards = True
+
     def __init__(self, vit: nn.Module, settings: Settings = Settings(), *, task: Task, classify: Classify = Classify()):
         known = {name: value.detach().clone() for name, value in vit.head.named_parameters()}
         super().__init__(vit, settings, task=task, classify=classify, inject=inject, trains=trains)

@@ -34,6 +34,9 @@ class Store(Protocol):
         """uint8 (H, W) or (H, W, 3); a store with a `kind` gives what the views of that kind take."""
 
 
+UNKNOWN = 255  # mask value of pixels that count for nothing in losses and scores
+
+
 @dataclass(frozen=True)
 class Masks:
     """Segmentation masks that belong to pictures row by row."""
@@ -43,12 +46,14 @@ class Masks:
     binary: bool = False  # masks stored as 0/255 or as instance numbers: every non-zero pixel is class 1
 
     def array(self, row: int) -> np.ndarray:
-        """(H, W) uint8 class numbers."""
+        """(H, W) uint8 class numbers, UNKNOWN where pixels belong to no class."""
         name = self.store.name(row)
         raw = self.store.raw(row)
         values = self.store.array(row) if raw is None else pixels.decode_mask(raw, name)  # None: a slice of a volume
+        if self.ignore is not None:
+            values = np.where(values == self.ignore, UNKNOWN, values)
         if self.binary:
-            return (values > 0).astype(np.uint8)
+            return np.where((values == UNKNOWN) & (self.ignore is not None), UNKNOWN, values > 0).astype(np.uint8)
         if values.size and values.max() > 255:
             raise DataError(
                 f"{name}: mask values reach {values.max()}, but there can be at most 256 classes",

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from . import hashes, pixels
-from .images import Images, Masks
+from .images import UNKNOWN, Images, Masks
 
 _FORMATS = {"JPEG": ".jpg .jpeg .jpe .jfif", "MPO": ".jpg .jpeg .mpo", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp .dib"}
 _FORMATS |= {"TIFF": ".tif .tiff", "WEBP": ".webp", "PPM": ".ppm .pgm .pbm .pnm", "AVIF": ".avif", "JPEG2000": ".jp2"}
@@ -109,6 +109,6 @@ def _mask(masks: Masks, row: int, seen: Seen, known: int) -> None:
         seen.mask_trouble["mask of another size than its image"] = text
     if known:
         values = np.unique(mask)
-        strange = [int(value) for value in values if value >= known and value not in (255, masks.ignore)]
+        strange = [int(value) for value in values if value >= known and value != UNKNOWN]
         if strange:
             seen.mask_trouble["mask values that are no class"] = f"{name} holds {', '.join(map(str, strange[:5]))}"

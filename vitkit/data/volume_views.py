@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from .cases import Case
+from .images import UNKNOWN
 
-UNKNOWN = 255  # mask value of padding: it counts for nothing in losses and scores
 _TRIES = 32
 
 

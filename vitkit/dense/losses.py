@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNKNOWN = 255
+from vitkit.data.images import UNKNOWN
 
 
 def dice_loss(

@@ -3,14 +3,15 @@
 Paper: the outliers of Darcet et al., "Vision Transformers Need Registers", ICLR 2024 (arXiv 2309.16588); the position code
 of Yang et al., "Denoising Vision Transformers", ECCV 2024 (arXiv 2401.02957); the robust threshold is Leys et al. 2013's.
 
-What happens, and where: some images are for fitting, others are scored (`choose`). High-norm tokens are patches whose norm
-exceeds median + 3 x 1.4826 x MAD, the median and MAD being of all scored patches (`limit_of`); about 0.13 % of normally
-distributed norms do. `before_after` holds both models against the first one's limit, so that a narrower distribution is
-not punished. Norms are taken of what a dense head reads, and before the final norm, which hides most of an outlier. Position:
-a ridge regression reads (row, column) from single patches (`patch_probes.position_errors`), on the images as they are,
-and with their content rolled around by a random number of whole patches, so that only the model can tell where a patch
-is; what the pixels of a patch give away stands beside it. With masks: mean IoU of a logistic regression on single patches,
-and of the 20 nearest patches. Intervals and differences are bootstraps over scored images, groups whole.
+What happens, and where: some images are for fitting, others are scored (`choose`). High-norm tokens are patches whose
+norm exceeds median + 3 x 1.4826 x MAD, the median and MAD being of all scored patches (`limit_of`); about 0.13 % of
+normally distributed norms do. `before_after` holds both models against the first one's limit in units of their median
+norm, so that neither a narrower distribution is punished nor another scale, which the final norm takes away. Norms are
+taken of what a dense head reads, and before the final norm, which hides most of an outlier. Position: a ridge
+regression reads (row, column) from single patches (`patch_probes.position_errors`), on the images as they are, and with
+their content rolled around by a random number of whole patches, so that only the model can tell where a patch is; what
+the pixels of a patch give away stands beside it. With masks: mean IoU of a logistic regression on single patches, and
+of the 20 nearest patches. Intervals and differences are bootstraps over scored images, groups whole.
 
 Differs from the paper: a relative limit instead of one number for one model (150 for DINOv2-g).
 
@@ -32,11 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitkit.data.images import Images
+from vitkit.data.images import UNKNOWN, Images
 from vitkit.errors import ConfigError, DataError, WeightsError
 from vitkit.evaluate import patch_probes as probes
 from vitkit.evaluate.feature_maps import picture
-from vitkit.evaluate.masks import UNKNOWN
 from vitkit.evaluate.patch_views import Seen, evaluating, mask_of, patch_colours, seen
 from vitkit.evaluate.resampling import case_mean
 from vitkit.evaluate.statistics import Difference, Interval, bootstrap, paired_bootstrap
@@ -113,6 +113,14 @@ class Measured:
     seed: int = 0
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
+    @property
+    def relative(self) -> tuple[float, float | None]:
+        """`limits` in median norms."""
+        inner = (
+            self.limits[1] / float(np.median(self.raw)) if self.limits[1] is not None and self.raw is not None else None
+        )
+        return self.limits[0] / float(np.median(self.norms)), inner
+
     def verdict(self) -> str:
         """The figures that matter most, in words."""
         return _verdict({key: (one.value,) for key, one in self.figures.items()})
@@ -158,14 +166,14 @@ def before_after(
     """Measure two models on the same images, in the same order, and compare them image by image.
 
     before, after: any timm trunks with a passport (ViTs, or ViTs that carry adapters); both see the same pixels. size: pixels
-    of the images, by default the first model's. Share of high-norm tokens of both counts norms above the first one's limit.
+    of the images, by default the first model's. The limit of high norms is the first one's, in medians of each.
     """
     from vitkit.evaluate.cleanliness_pictures import side_by_side
 
     size = size or _size(before)
     first = measure(before, images, device=device, seed=seed, size=size, settings=settings)
     second = measure(
-        after, images, device=device, seed=seed, size=size, settings=settings, limits=first.limits, pixels=False
+        after, images, device=device, seed=seed, size=size, settings=settings, limits=first.relative, pixels=False
     )
     if first.grid != second.grid:
         raise WeightsError(
@@ -198,8 +206,9 @@ def measure(
     limits: tuple[float, float | None] | None = None,
     pixels: bool = True,
 ) -> Measured:
-    """Every figure of one model. limits: norms above which a token counts as high, by default this model's own. pixels:
-    also say what the pixels of single patches give away about position. The model comes back on its device, in its mode.
+    """Every figure of one model. limits: norms above which a token counts as high, in median norms of the model, by
+    default from its own distribution. pixels: also say what the pixels of single patches give away about position.
+    The model comes back on its device, in its mode.
 
     Raises DataError for fewer than 4 images, WeightsError where features are not finite.
     """
@@ -212,7 +221,10 @@ def measure(
     groups = None if images.group is None else images.group[test_rows]
     norms, raw = np.linalg.norm(test.features, axis=-1), test.raw
     own = (limit_of(norms, settings.sigmas), None if raw is None else limit_of(raw, settings.sigmas))
-    figures = _norm_figures(norms, raw, limits or own)
+    if limits is not None:
+        inner = limits[1] * float(np.median(raw)) if limits[1] is not None and raw is not None else None
+        own = (limits[0] * float(np.median(norms)), inner)
+    figures = _norm_figures(norms, raw, own)
     code = {"position": (fit.features, test.features), "position_rolled": tuple(one.features for one in rolled)}
     if pixels:
         code["position_pixels"] = tuple(patch_colours(images, rows, size, test.grid) for rows in (fit_rows, test_rows))

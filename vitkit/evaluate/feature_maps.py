@@ -13,11 +13,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitkit import tokens
-from vitkit.data.images import Images
+from vitkit.data.images import UNKNOWN, Images
 from vitkit.data.transforms import to_channels
 from vitkit.errors import ConfigError, DataError, WeightsError
 from vitkit.evaluate.features import cache_key
-from vitkit.evaluate.masks import UNKNOWN
 from vitkit.evaluate.rescale import min_max
 from vitkit.run.files import atomic
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from vitkit.data.images import UNKNOWN
 from vitkit.errors import DataError
-
-UNKNOWN = 255
 
 
 def confusion(y: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:

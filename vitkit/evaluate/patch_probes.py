@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkit.data.images import UNKNOWN
 from vitkit.evaluate.logistic import solve
-from vitkit.evaluate.masks import UNKNOWN, confusions
+from vitkit.evaluate.masks import confusions
 from vitkit.evaluate.ridge import ridge
 
 PENALTIES = tuple(10.0**power for power in range(-5, 4))  # of the ridge on standardised features

@@ -17,7 +17,6 @@ from vitkit import tokens
 from vitkit.data.images import Images
 from vitkit.errors import WeightsError
 from vitkit.evaluate.feature_maps import picture, prepared
-from vitkit.evaluate.masks import UNKNOWN
 
 
 @dataclass
@@ -92,9 +91,7 @@ def patch_colours(images: Images, rows: np.ndarray, size: tuple[int, int], grid:
 
 def mask_of(images: Images, row: int, side: list[int]) -> np.ndarray:
     """(H, W) class numbers at the size of the features' picture, 255 = unknown."""
-    mask = resize(images.mask(row)[None], side, interpolation=InterpolationMode.NEAREST_EXACT)[0].numpy()
-    ignore = images.masks.ignore if images.masks is not None else None
-    return mask if ignore is None else np.where(mask == ignore, UNKNOWN, mask).astype(np.uint8)
+    return resize(images.mask(row)[None], side, interpolation=InterpolationMode.NEAREST_EXACT)[0].numpy()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vitkit.parts.sharded import local, share, whole
+
 
 class EMA:
     """Averages w <- decay w + (1 - decay) p of every trainable floating parameter of `module`, after each real step."""
@@ -21,7 +23,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - self.decay)
+        mean, live = self._tensors()
+        torch._foreach_lerp_(mean, live, 1 - self.decay)
+
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(averages, trained weights): of sharded ones what this process holds."""
+        return [local(m) for m in self.mean], [local(p.detach()) for p in self.live]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -34,14 +41,15 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        kept = [p.detach().clone() for p in self.live]
-        torch._foreach_copy_(self.live, self.mean)
-        torch._foreach_copy_(self.mean, kept)
+        mean, live = self._tensors()
+        kept = [p.clone() for p in live]
+        torch._foreach_copy_(live, mean)
+        torch._foreach_copy_(mean, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.mean, strict=True))
+        return {name: whole(mean) for name, mean in zip(self.names, self.mean, strict=True)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, mean in zip(self.names, self.mean, strict=True):
-            mean.copy_(state[name])
+            mean.copy_(share(state[name], mean))

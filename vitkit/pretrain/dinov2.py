@@ -24,7 +24,8 @@ Differs from the paper: nothing in the loss. The rate's warm-up is the loop's: b
 linspace gives base i / (W - 1); the other schedules are exact. Crops of one size run together, sizes one after the other,
 instead of packed by xformers; prototypes are evaluated in chunks and no logits are kept; the guard is ours (`guard=false` is
 the paper's way, with fresh heads where the weights have none). A ViT without class token distils the mean of its patches.
-Data-parallel, not FSDP; KoLeo's neighbours are those of one process, as published, everything else is over all processes.
+Several processes are data-parallel or, with `shard`, FSDP, as published; KoLeo's neighbours are those of one process, as
+published, everything else is over all processes.
 Published models were trained with blur probabilities that the code inverts (0, 0.9, 0.5 for first, second and small crops):
 so is `blur_p`.
 
@@ -53,6 +54,7 @@ from vitkit.parts.dino_head import DINOHead
 from vitkit.parts.dino_losses import Part
 from vitkit.parts.dino_schedules import cosine, last_layer_lr, linear
 from vitkit.parts.dino_signs import first_layer, signs
+from vitkit.parts.sharded import local, whole
 from vitkit.parts.subset_depth import uniform_depth
 from vitkit.run.collapse import Doctor, Facts
 
@@ -172,6 +174,7 @@ class DINOv2(nn.Module):
     (B, L, C, h, w) the small ones; "image" alone stands for both large ones. `finish()` gives the teacher's backbone."""
 
     needs_labels = False
+    shards = True
 
     def __init__(self, vit: nn.Module, settings: Settings = Settings()):
         super().__init__()
@@ -226,8 +229,10 @@ class DINOv2(nn.Module):
                 before = self._tokens(self.origin, crops.large)
             out["anchor"] = s.anchor * dino_losses.drift(seen, before, masks.hidden)
             loss = loss + out["anchor"]
-        if self.heads_only and self.training:  # data-parallel training insists on a gradient of every parameter
-            loss = loss + 0.0 * sum(p.sum() for p in self.trunk if p.requires_grad)
+        if (
+            self.heads_only and self.training
+        ):  # data-parallel training insists on a gradient of every parameter, even zero
+            loss = loss + 0.0 * sum(local(p).sum() for p in self.trunk if p.requires_grad)
         if self.training:
             out |= signs(self, views[0], whole["image"])
         return {"loss": loss, **{name: value.detach() for name, value in out.items()}}
@@ -371,7 +376,7 @@ class DINOv2(nn.Module):
         watched = first_layer(self.teacher_dino_head)
         before = watched.clone()
         torch._foreach_lerp_(teacher, student, 1 - self.momentum)
-        self.teacher_step = (watched - before).norm() / watched.norm()
+        self.teacher_step = whole((watched - before).norm() / watched.norm())
 
     def persistent(self) -> dict[str, Tensor]:
         """For checkpoints: everything but the original, which is loaded again."""

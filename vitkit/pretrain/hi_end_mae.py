@@ -105,6 +105,7 @@ class HiEndMAE(nn.Module):
     """
 
     needs_labels = False
+    shards = True
     kinds = ("volume",)
 
     def __init__(self, vit: nn.Module, settings: Settings = Settings()):

@@ -85,6 +85,7 @@ class MAE(nn.Module):
     """`forward({"image": (B, C, H, W) normalised})` -> loss. Needs no labels; `finish()` gives back the encoder."""
 
     needs_labels = False
+    shards = True
 
     def __init__(self, vit: nn.Module, settings: Settings = Settings()):
         super().__init__()

@@ -119,6 +119,7 @@ class TOVVICReg(nn.Module):
     """`forward({"image": x, "image_y", "image_z", "image_w": (B, C, H, W) normalised})` -> losses. Needs no labels."""
 
     needs_labels = False
+    shards = True
     kinds = ("image",)
     reads = "frames"
     adopts = "temporal_order_predictor.0.weight"  # a checkpoint with this has heads to go on with
@@ -140,7 +141,7 @@ class TOVVICReg(nn.Module):
                 f"a batch without {KEYS[len(views)]}", fix="views of vitkit.data.frame_views make all four"
             )
         s, gather = self.settings, vicreg.gather if self.training else torch.nn.Identity()
-        r = [gather(part) for part in self.represent(torch.cat(views)).chunk(4)]
+        r = [gather(part) for part in self.represent_all(views)]
         if self.training:
             vicreg.require_many(len(r[0]))
         x, y = self.projector(r[0]), self.projector(r[1])
@@ -165,6 +166,12 @@ class TOVVICReg(nn.Module):
     def represent(self, images: Tensor) -> Tensor:
         """Pooled features (B, D): the normalised class token where the model has one."""
         return tokens.feature(self.vit, images)
+
+    def represent_all(self, views: list[Tensor]) -> list[Tensor]:
+        """Pooled features of every view: one batch on an accelerator, view by view on a CPU, whose caches hold one better."""
+        if views[0].device.type == "cpu":
+            return [self.represent(view) for view in views]
+        return list(self.represent(torch.cat(views)).chunk(len(views)))
 
     def temporal(self, x: Tensor, z: Tensor, w: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """(logit (B,) that the order was changed, whether it was (B,) 0 or 1) for representations (B, D) of o_t, o_{t-1},

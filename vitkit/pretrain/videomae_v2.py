@@ -105,6 +105,7 @@ class VideoMAEv2(nn.Module):
     """`forward({"image": (B, C, T, H, W) normalised, or (B, clips, C, T, H, W)})` -> loss. Needs no labels."""
 
     needs_labels = False
+    shards = True
     kinds = ("video",)
 
     def __init__(self, vit: nn.Module, settings: Settings = Settings()):

@@ -121,7 +121,7 @@ def _one_prototype(d: Doctor) -> Said:
 
 def _twins(d: Doctor) -> Said:
     """Rows at no distance from each other: KoLeo is at its guard value and has no gradient that could part them."""
-    if not d.facts.koleo or not d.all("twins", lambda v: v > 0.01):
+    if not d.facts.koleo or not d.all("twins", lambda v: v > 0.05):
         return None
     share = d.values("twins")[-1]
     what = (

@@ -9,7 +9,7 @@ import torch
 from vitkit.settings import Machine
 
 
-def make_fabric(machine: Machine) -> Any:
+def make_fabric(machine: Machine, shard: bool = False) -> Any:
     """Lightning Fabric for these settings; several processes start by its own launcher, or by torchrun or srun around it."""
     import logging
 
@@ -17,7 +17,11 @@ def make_fabric(machine: Machine) -> Any:
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     nodes, here = launched() or (1, machine.devices)
-    strategy = "ddp" if launched() else "auto" if machine.devices == 1 else "ddp_spawn"
+    strategy: Any = "ddp" if launched() else "auto" if machine.devices == 1 else "ddp_spawn"
+    if shard and strategy != "auto":
+        from vitkit.run.sharding import Sharded
+
+        strategy = Sharded(start_method="popen" if launched() else "spawn")
     return Fabric(
         accelerator=machine.accelerator,
         devices=here,

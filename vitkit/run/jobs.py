@@ -15,7 +15,7 @@ from torch import nn
 from vitkit.data.images import Images
 from vitkit.data.transforms import eval_view, finetune_view, pretrain_view
 from vitkit.errors import ConfigError, DataError
-from vitkit.run import collapse, discover
+from vitkit.run import collapse, discover, sharding
 from vitkit.run.batches import (
     batches_of,
     epoch_steps,
@@ -47,7 +47,8 @@ from vitkit.settings import Task
 
 def run_job(verb: str, name: str, config: Config) -> None:
     """Train in as many processes as the settings say; returns when every one is done."""
-    fabric = make_fabric(config.machine)
+    shard = config.groups["train"].shard
+    fabric = make_fabric(config.machine, shard)
     if type(fabric.strategy.launcher).__name__ == "_MultiProcessingLauncher":
         # Only plain values travel to new processes; each builds its own data and model from them.
         fabric.launch(_job, verb, name, plain(config.values))
@@ -220,6 +221,8 @@ def _fit(
 ) -> Any:
     """The loop over `images`, with progress on the terminal of the first process."""
     train, machine = config.train, config.machine
+    if train.shard:
+        sharding.require(method, type(method).__name__, fabric.world_size, train.compile)
     steps, drop_last = epoch_steps(len(images), machine, fabric.world_size)
     batches = batches_of(
         images,

@@ -21,6 +21,8 @@ from vitkit.errors import TrainingError
 from vitkit.parts.ema import EMA
 from vitkit.parts.optim import build_optimizer, set_lr
 from vitkit.parts.schedules import scaled_lr, warmup_cosine
+from vitkit.parts.sharded import total_norm, whole
+from vitkit.run import sharding
 from vitkit.run.batches import prepare_all
 from vitkit.settings import Machine, Train
 
@@ -114,6 +116,12 @@ class _Fit:
         effective = self.machine.batch_size * train.accumulate * fabric.world_size
         self.lr = scaled_lr(train.blr, effective, train.lr_rule) if train.lr == "auto" else float(train.lr)
         self.warmup = min(train.warmup_epochs, train.epochs / 5)
+        saved = self.folder.load_checkpoint() if self.folder is not None else None
+        if saved is not None:
+            _load_trained(self.method, saved["method"])
+        self.whole = self.method  # the caller's; under `shard` a copy trains of which each process holds a part
+        if train.shard:
+            self.method = sharding.shard(self.method, fabric.device)
         self.method.to(fabric.device)
         kwargs = {"layer_decay": train.layer_decay} if train.layer_decay != 1.0 else {}
         groups = self.method.param_groups(train.weight_decay, **kwargs)
@@ -121,22 +129,32 @@ class _Fit:
             groups, name=train.optimizer, lr=self.lr, betas=train.betas, momentum=train.momentum
         )
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.module, self.optimizer = fabric.setup(self.method, optimizer)
+        self.module, self.optimizer = fabric.setup(self.method, optimizer, move_to_device=False)
         self.ema = EMA(self.method, train.ema) if train.ema else None
         self.state, self.best_weights = State(), None
         self.sums, self.loss_count = {"loss": torch.zeros((), device=fabric.device)}, 0
         parts = self.method.clip_parts() if hasattr(self.method, "clip_parts") else [self.params]
         self.parts = [[p for p in part if p.requires_grad] for part in parts]
-        self._resume()
+        if saved is not None:
+            self._resume(saved)
         started = time.perf_counter() - self.state.seconds
         with _signals() as self.stop:
             while self.state.epoch < train.epochs and not self._done() and not self.state.ended:
                 self._epoch(started)
-        if self.best_weights is not None:
-            _load_trained(self.method, self.best_weights)
-        elif self.ema is not None:
+        if self.best_weights is None and self.ema is not None:
             self.ema._swap()
+        self._put_together()
+        if self.best_weights is not None:
+            _load_trained(self.whole, self.best_weights)
         return self.state
+
+    def _put_together(self) -> None:
+        """Under `shard`: what was trained into the caller's method, in every process."""
+        if self.whole is self.method:
+            return
+        _load_trained(self.whole, trained_state(self.method))
+        sharding.carry_over(self.method, self.whole)
+        self.whole.to(self.fabric.device)
 
     def _epoch(self, started: float) -> None:
         state, train = self.state, self.train
@@ -198,7 +216,7 @@ class _Fit:
     def _optimize(self, batch: dict[str, Any]) -> None:
         """Check, clip, step. The check reads one number from the device: the price of never stepping on a NaN."""
         with_grad = [[p for p in part if p.grad is not None] for part in self.parts]
-        norms = [nn.utils.get_total_norm([p.grad for p in part], foreach=True) for part in with_grad]
+        norms = [total_norm([p.grad for p in part]) for part in with_grad]
         if not torch.isfinite(sum(norms) + self.sums["loss"]):
             self._stop_on_nan(batch)
         if self.train.clip_grad is not None:
@@ -247,7 +265,9 @@ class _Fit:
             return
         self.module.eval()
         with self.ema.applied() if self.ema is not None else nullcontext():
-            result = self.validate(self.method) if self.fabric.is_global_zero else None
+            self._put_together()
+            self.whole.eval()
+            result = self.validate(self.whole) if self.fabric.is_global_zero else None
             score, metrics, *reason = self.fabric.broadcast(result)
             self.state.ended = reason[0] if reason else ""
             if self.state.best is None or score > self.state.best:
@@ -268,32 +288,34 @@ class _Fit:
     def _save(self) -> None:
         if self.folder is None:
             return
-        if self.fabric.is_global_zero:
-            state = dict(vars(self.state), bad=list(self.state.bad))
-            self.folder.save_checkpoint(
-                {
-                    "state": state,
-                    "method": trained_state(self.method),
-                    "optimizer": self.optimizer.optimizer.state_dict(),
-                    "ema": self.ema.state_dict() if self.ema is not None else None,
-                    "best": self.best_weights,
-                    "loss": ({name: float(value) for name, value in self.sums.items()}, self.loss_count),
-                }
-            )
+        first = self.fabric.is_global_zero
+        sums = self.fabric.all_gather(torch.stack(list(self.sums.values()))).reshape(self.fabric.world_size, -1).tolist()
+        if first or self.train.shard:  # putting shares together takes every process
+            optimizer = self.optimizer.optimizer.state_dict()
+            held = {
+                "state": dict(vars(self.state), bad=list(self.state.bad)),
+                "method": trained_state(self.method),
+                "optimizer": sharding.gathered(optimizer, keep=first) if self.train.shard else optimizer,
+                "ema": self.ema.state_dict() if self.ema is not None else None,
+                "best": self.best_weights,
+                "loss": (list(self.sums), sums, self.loss_count),
+            }
+            if first:
+                self.folder.save_checkpoint(held)
         self.fabric.barrier()
 
-    def _resume(self) -> None:
-        saved = self.folder.load_checkpoint() if self.folder is not None else None
-        if saved is None:
-            return
+    def _resume(self, saved: dict[str, Any]) -> None:
+        """All but the weights, which the method already has."""
         self.state = State(**saved["state"])
-        _load_trained(self.method, saved["method"])
         self.optimizer.optimizer.load_state_dict(saved["optimizer"])
+        if self.train.shard:
+            sharding.shared_out(self.optimizer.optimizer)
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         self.best_weights = saved["best"]
-        sums, self.loss_count = saved["loss"]
-        self.sums = {name: torch.full_like(self.sums["loss"], value) for name, value in sums.items()}
+        names, sums, self.loss_count = saved["loss"]
+        own = sums[self.fabric.global_rank]
+        self.sums = {name: torch.full_like(self.sums["loss"], value) for name, value in zip(names, own, strict=True)}
         if self.fabric.is_global_zero:
             self.folder.truncate(self.state.step)
         if self.progress is not None:
@@ -325,7 +347,7 @@ def trained_state(method: nn.Module) -> dict[str, Tensor]:
         named = {n: p for n, p in method.named_parameters() if p.requires_grad}
         keys = set(method.state_dict())
         named.update({n: b for n, b in method.named_buffers() if n in keys})
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in named.items()}
+    return {name: whole(value.detach()).to("cpu", copy=True).contiguous() for name, value in named.items()}
 
 
 def _load_trained(method: nn.Module, state: dict[str, Tensor]) -> None:
