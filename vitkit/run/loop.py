@@ -289,7 +289,9 @@ class _Fit:
         if self.folder is None:
             return
         first = self.fabric.is_global_zero
-        sums = self.fabric.all_gather(torch.stack(list(self.sums.values()))).reshape(self.fabric.world_size, -1).tolist()
+        sums = (
+            self.fabric.all_gather(torch.stack(list(self.sums.values()))).reshape(self.fabric.world_size, -1).tolist()
+        )
         if first or self.train.shard:  # putting shares together takes every process
             optimizer = self.optimizer.optimizer.state_dict()
             held = {
