@@ -149,11 +149,19 @@ def test_both_models_are_held_against_the_first_ones_limit(images):
     assert before >= 3 / 48 and after == 0.0
     again = before_after(Stub(noise=1.0, outliers=3), Stub(noise=0.5), images, settings=SMALL)
     assert again.figures == found.figures
-    louder = Stub(noise=1.0, outliers=3)
-    plain_forward = louder.forward_intermediates
-    louder.forward_intermediates = lambda *args, **kwargs: [7.0 * one for one in plain_forward(*args, **kwargs)]
-    found = before_after(Stub(noise=1.0, outliers=3), louder, images, settings=SMALL)
-    assert found.figures["high_norm"] == (before, before)  # the same tokens stand out, at every scale
+
+
+def test_a_scale_that_the_final_norm_takes_away_makes_no_outliers(images):
+    from ..test_tokens import make
+
+    vits = [make("plain") for _ in range(2)]
+    for vit in vits:
+        vit.passport = Passport("vit", {}, Preprocess(image_size=(64, 64)))
+    vits[1].blocks[-1].register_forward_hook(lambda module, given, out: 7.0 * out)
+    found = before_after(*vits, images, settings=SMALL)
+    for key in ("high_norm", "high_norm_raw", "norm_ratio"):
+        assert found.figures[key][0] == pytest.approx(found.figures[key][1], abs=1e-4), key
+    assert found.figures["high_norm_raw"][0] > 0
 
 
 def test_a_model_against_itself_changes_nothing(images):

@@ -5,9 +5,9 @@ of Yang et al., "Denoising Vision Transformers", ECCV 2024 (arXiv 2401.02957); t
 
 What happens, and where: some images are for fitting, others are scored (`choose`). High-norm tokens are patches whose
 norm exceeds median + 3 x 1.4826 x MAD, the median and MAD being of all scored patches (`limit_of`); about 0.13 % of
-normally distributed norms do. `before_after` holds both models against the first one's limit in units of their median
-norm, so that neither a narrower distribution is punished nor another scale, which the final norm takes away. Norms are
-taken of what a dense head reads, and before the final norm, which hides most of an outlier. Position: a ridge
+normally distributed norms do. `before_after` holds both models against the first one's limit, so that a narrower
+distribution is not punished; before the final norm, which takes the scale away, in units of each one's median. Norms
+are taken of what a dense head reads, and before the final norm, which hides most of an outlier. Position: a ridge
 regression reads (row, column) from single patches (`patch_probes.position_errors`), on the images as they are, and with
 their content rolled around by a random number of whole patches, so that only the model can tell where a patch is; what
 the pixels of a patch give away stands beside it. With masks: mean IoU of a logistic regression on single patches, and
@@ -113,13 +113,11 @@ class Measured:
     seed: int = 0
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
-    @property
-    def relative(self) -> tuple[float, float | None]:
-        """`limits` in median norms."""
-        inner = (
-            self.limits[1] / float(np.median(self.raw)) if self.limits[1] is not None and self.raw is not None else None
-        )
-        return self.limits[0] / float(np.median(self.norms)), inner
+    def limit_before_norm(self, median: float) -> float | None:
+        """The limit before the final norm of a model whose norms have this median there: the norm takes the scale away."""
+        if self.limits[1] is None or self.raw is None:
+            return None
+        return self.limits[1] / float(np.median(self.raw)) * median
 
     def verdict(self) -> str:
         """The figures that matter most, in words."""
@@ -166,15 +164,14 @@ def before_after(
     """Measure two models on the same images, in the same order, and compare them image by image.
 
     before, after: any timm trunks with a passport (ViTs, or ViTs that carry adapters); both see the same pixels. size: pixels
-    of the images, by default the first model's. The limit of high norms is the first one's, in medians of each.
+    of the images, by default the first model's. High norms are those above the first one's limits,
+    before the final norm in units of each one's median.
     """
     from vitkit.evaluate.cleanliness_pictures import side_by_side
 
     size = size or _size(before)
     first = measure(before, images, device=device, seed=seed, size=size, settings=settings)
-    second = measure(
-        after, images, device=device, seed=seed, size=size, settings=settings, limits=first.relative, pixels=False
-    )
+    second = measure(after, images, device=device, seed=seed, size=size, settings=settings, like=first, pixels=False)
     if first.grid != second.grid:
         raise WeightsError(
             f"the models cut images of {size} into {first.grid} and {second.grid} patches",
@@ -203,12 +200,11 @@ def measure(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     settings: Settings = Settings(),
-    limits: tuple[float, float | None] | None = None,
+    like: Measured | None = None,
     pixels: bool = True,
 ) -> Measured:
-    """Every figure of one model. limits: norms above which a token counts as high, in median norms of the model, by
-    default from its own distribution. pixels: also say what the pixels of single patches give away about position.
-    The model comes back on its device, in its mode.
+    """Every figure of one model. like: another whose limits of high norms count, by default this model's own. pixels: also
+    say what the pixels of single patches give away about position. The model comes back on its device, in its mode.
 
     Raises DataError for fewer than 4 images, WeightsError where features are not finite.
     """
@@ -221,9 +217,8 @@ def measure(
     groups = None if images.group is None else images.group[test_rows]
     norms, raw = np.linalg.norm(test.features, axis=-1), test.raw
     own = (limit_of(norms, settings.sigmas), None if raw is None else limit_of(raw, settings.sigmas))
-    if limits is not None:
-        inner = limits[1] * float(np.median(raw)) if limits[1] is not None and raw is not None else None
-        own = (limits[0] * float(np.median(norms)), inner)
+    if like is not None:
+        own = (like.limits[0], None if raw is None else like.limit_before_norm(float(np.median(raw))))
     figures = _norm_figures(norms, raw, own)
     code = {"position": (fit.features, test.features), "position_rolled": tuple(one.features for one in rolled)}
     if pixels:
