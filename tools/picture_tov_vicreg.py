@@ -37,7 +37,7 @@ def main() -> None:
     axes = right.subplots(1, 2, sharey=True)
     for axis, name, label in (
         (axes[0], "direction", "direction right (share)"),
-        (axes[1], "rank", "directions in use"),
+        (axes[1], "std", "deviation of embeddings"),
     ):
         values = [row[columns.index(name)] for row in table["rows"]]
         shown = [0.0 if value is None else value for value in values]
