@@ -71,7 +71,7 @@ def test_adapting_changes_no_loaded_weight_and_no_output(verb, name, family):
 @pytest.mark.parametrize("verb,name,family", ADAPTED)
 def test_what_trained_is_enough_to_restore(verb, name, family):
     """One real step, then: frozen weights bit-identical; trained tensors alone on a fresh copy give equal logits."""
-    from vitkit.run.loop import _load_trained, trained_state
+    from vitkit.run.trained import load_trained, trained_state
 
     head = "linear" if name in OWN_HEAD else "bn_linear"
     method = build(verb, name, model(family), head=head).train()
@@ -81,7 +81,7 @@ def test_what_trained_is_enough_to_restore(verb, name, family):
     optimizer.step()
     assert all(torch.equal(p, frozen[n]) for n, p in method.named_parameters() if n in frozen)
     again = build(verb, name, model(family), head=head)
-    _load_trained(again, trained_state(method))
+    load_trained(again, trained_state(method))
     x = pixels(family, examples.SIZES[examples.KIND[family]][1])
     assert torch.equal(method.eval().predict(x), again.eval().predict(x))
 

@@ -189,7 +189,7 @@ def squares(folder, count: int = 20) -> None:
 
 
 def test_it_learns_masks_and_its_trained_tensors_restore_it(tmp_path):
-    from vitkit.run.loop import trained_state
+    from vitkit.run.trained import trained_state
 
     squares(tmp_path)
     data = read(tmp_path, say=None)

@@ -125,6 +125,12 @@ def test_sigterm_saves_at_a_step_boundary_and_resumes(tmp_path):
     assert child.returncode == 130 and "the same command resumes" in said
     saved = RunFolder(out).load_checkpoint()
     assert saved["state"]["step"] > 0 and not (out / "summary.json").exists()
+    names, sums, count = saved["loss"]
+    folder = RunFolder(out)
+    folder.save_checkpoint({**saved, "loss": (names, sums * 2, count)})  # as if two processes had begun it
+    with pytest.raises(ConfigError, match=r"begun by 2 processes, and now there is 1: .*\n  fix: 2 as before"):
+        vitkit.pretrain("mae", **settings, out=str(out))
+    assert len(folder.load_checkpoint()["loss"][1]) == 2
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path):

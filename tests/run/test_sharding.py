@@ -17,7 +17,7 @@ from vitkit.parts.ema import EMA
 from vitkit.parts.sharded import local, whole
 from vitkit.run import discover, sharding
 from vitkit.run.folder import RunFolder
-from vitkit.run.loop import trained_state
+from vitkit.run.trained import trained_state
 
 from .. import examples
 from .test_loop import COMMON, losses, same, state
@@ -128,7 +128,7 @@ def test_what_cannot_be_sharded_is_said(tmp_path):
     with pytest.raises(ConfigError, match="there is one\n  fix: devices=2 or more"):
         vitkit.pretrain("dinov2", **one, out=tmp_path / "one")
     assert not (tmp_path / "one" / "last.ckpt").exists()
-    method = examples.build("adapt", "adaptformer", examples.model("plain"))
+    method = discover.method_class(discover.load("adapt", "adaptformer"))
     with pytest.raises(ConfigError, match="adaptformer cannot be sharded"):
         sharding.require(method, "adaptformer", 2, False)
     with pytest.raises(ConfigError, match="shard and compile together"):

@@ -31,6 +31,12 @@ def make_fabric(machine: Machine, shard: bool = False) -> Any:
     )
 
 
+def processes(machine: Machine) -> int:
+    """How many processes a run has."""
+    nodes, here = launched() or (1, machine.devices)
+    return nodes * here
+
+
 def launched() -> tuple[int, int] | None:
     """(machines, processes on each) where torchrun or srun has started them: their numbers count, not `devices`."""
     import os

@@ -28,7 +28,7 @@ from vitkit.run.batches import (
     speaker,
 )
 from vitkit.run.config import Config, assemble, plain
-from vitkit.run.fabric import make_fabric
+from vitkit.run.fabric import make_fabric, processes
 from vitkit.run.folder import RunFolder
 from vitkit.run.guard import Guard
 from vitkit.run.loop import fit
@@ -47,8 +47,11 @@ from vitkit.settings import Task
 
 def run_job(verb: str, name: str, config: Config) -> None:
     """Train in as many processes as the settings say; returns when every one is done."""
-    shard = config.groups["train"].shard
-    fabric = make_fabric(config.machine, shard)
+    train = config.groups["train"]
+    if train.shard:
+        kind = discover.method_class(discover.load(verb, name))
+        sharding.require(kind, f"{verb} {name}", processes(config.machine), train.compile)
+    fabric = make_fabric(config.machine, train.shard)
     if type(fabric.strategy.launcher).__name__ == "_MultiProcessingLauncher":
         # Only plain values travel to new processes; each builds its own data and model from them.
         fabric.launch(_job, verb, name, plain(config.values))
@@ -221,8 +224,6 @@ def _fit(
 ) -> Any:
     """The loop over `images`, with progress on the terminal of the first process."""
     train, machine = config.train, config.machine
-    if train.shard:
-        sharding.require(method, type(method).__name__, fabric.world_size, train.compile)
     steps, drop_last = epoch_steps(len(images), machine, fabric.world_size)
     batches = batches_of(
         images,

@@ -21,9 +21,10 @@ from vitkit.errors import TrainingError
 from vitkit.parts.ema import EMA
 from vitkit.parts.optim import build_optimizer, set_lr
 from vitkit.parts.schedules import scaled_lr, warmup_cosine
-from vitkit.parts.sharded import total_norm, whole
+from vitkit.parts.sharded import total_norm
 from vitkit.run import sharding
 from vitkit.run.batches import prepare_all
+from vitkit.run.trained import load_trained, same_processes, trained_state
 from vitkit.settings import Machine, Train
 
 
@@ -118,7 +119,8 @@ class _Fit:
         self.warmup = min(train.warmup_epochs, train.epochs / 5)
         saved = self.folder.load_checkpoint() if self.folder is not None else None
         if saved is not None:
-            _load_trained(self.method, saved["method"])
+            same_processes(len(saved["loss"][1]), fabric.world_size)
+            load_trained(self.method, saved["method"])
         self.whole = self.method  # the caller's; under `shard` a copy trains of which each process holds a part
         if train.shard:
             self.method = sharding.shard(self.method, fabric.device)
@@ -145,14 +147,14 @@ class _Fit:
             self.ema._swap()
         self._put_together()
         if self.best_weights is not None:
-            _load_trained(self.whole, self.best_weights)
+            load_trained(self.whole, self.best_weights)
         return self.state
 
     def _put_together(self) -> None:
         """Under `shard`: what was trained into the caller's method, in every process."""
         if self.whole is self.method:
             return
-        _load_trained(self.whole, trained_state(self.method))
+        load_trained(self.whole, trained_state(self.method))
         sharding.carry_over(self.method, self.whole)
         self.whole.to(self.fabric.device)
 
@@ -339,23 +341,6 @@ class _Fit:
             f"non-finite {kind} at step {self.state.step}, before the optimiser step{where}",
             fix="a lower lr, clip_grad=1, or precision=32; the weights and the last checkpoint are unharmed",
         )
-
-
-def trained_state(method: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of everything training changes: trainable parameters, buffers, and what the method names itself."""
-    if hasattr(method, "persistent"):
-        named = method.persistent()
-    else:
-        named = {n: p for n, p in method.named_parameters() if p.requires_grad}
-        keys = set(method.state_dict())
-        named.update({n: b for n, b in method.named_buffers() if n in keys})
-    return {name: whole(value.detach()).to("cpu", copy=True).contiguous() for name, value in named.items()}
-
-
-def _load_trained(method: nn.Module, state: dict[str, Tensor]) -> None:
-    unexpected = method.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise TrainingError(f"the checkpoint holds tensors that this method has not, e.g. {unexpected[0]}")
 
 
 @contextmanager

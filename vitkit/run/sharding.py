@@ -50,7 +50,7 @@ def _unsynced(module: Any) -> Iterator[None]:
         module.set_requires_gradient_sync(True)
 
 
-def require(method: nn.Module, name: str, world: int, compiled: bool) -> None:
+def require(method: type, name: str, world: int, compiled: bool) -> None:
     """Raise where `shard` cannot be kept."""
     if world < 2:
         raise ConfigError(

@@ -87,7 +87,7 @@ def resolve(config: configs.Config) -> configs.Config:
     import torch
 
     from vitkit.parts.schedules import scaled_lr
-    from vitkit.run.fabric import launched, precision_of
+    from vitkit.run.fabric import precision_of, processes
 
     machine, train = config.machine, config.train
     accelerator = machine.accelerator
@@ -96,8 +96,7 @@ def resolve(config: configs.Config) -> configs.Config:
         accelerator = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     machine = replace(machine, accelerator=accelerator)
     machine = replace(machine, precision="bf16" if "bf16" in precision_of(machine) else "32")
-    nodes, here = launched() or (1, machine.devices)
-    world = nodes * here
+    world = processes(machine)
     if train.lr == "auto":
         train = replace(train, lr=scaled_lr(train.blr, machine.batch_size * train.accumulate * world, train.lr_rule))
     groups = {**config.groups, "machine": machine, "train": train}
