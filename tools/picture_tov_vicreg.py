@@ -44,9 +44,9 @@ def main() -> None:
         colours = ["#1f5fa8" if arm == "TOV-VICReg" else "#999999" for arm in names]
         axis.barh(range(len(names)), shown, color=colours)
         axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.invert_yaxis()
         axis.set_xlabel(label, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()  # both share it
     axes[0].axvline(0.5, color="black", linewidth=0.8, linestyle=":")
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(TARGET)

@@ -275,7 +275,8 @@ class _Fit:
             if self.state.best is None or score > self.state.best:
                 self.state.best, self.state.best_step = score, self.state.step
                 self.best_weights = trained_state(self.method) if self.keep_best else None
-        self._log(step=self.state.step, epoch=float(self.state.epoch), **metrics)
+        fraction = self.state.epoch + self.state.position / self.steps_per_epoch  # position is 0 after a whole epoch
+        self._log(step=self.state.step, epoch=round(fraction, 4), **metrics)
         self.module.train()
 
     def _log(self, **record: Any) -> None:
