@@ -13,7 +13,7 @@ from vitkit.attack.dta import DTA
 from vitkit.attack.dta import Settings as AttackSettings
 from vitkit.attack.harden import Harden, Settings
 from vitkit.errors import ConfigError
-from vitkit.run.loop import _load_trained, trained_state
+from vitkit.run.trained import load_trained, trained_state
 from vitkit.settings import Classify, Task
 
 from .test_dta import pixels
@@ -106,7 +106,7 @@ def test_the_searched_block_is_a_setting_and_survives_a_checkpoint():
     block = method.settings.layer
     assert block in (0, 1)
     other = Harden(model(), SMALL, task=TASK)
-    _load_trained(other, trained_state(method))
+    load_trained(other, trained_state(method))
     assert other.settings.layer == block
     searched = []
     other._attack[0].search = lambda *a: searched.append(a)
