@@ -191,6 +191,23 @@ def test_mask_classes_and_ignored_value_come_from_a_file(tmp_path):
     assert sorted(by_name.values()) == [0, 1, 255]
 
 
+def test_an_ignored_value_of_binary_masks_is_not_their_foreground():
+    class Stored:
+        def name(self, row):
+            return "mask"
+
+        def raw(self, row):
+            return None
+
+        def array(self, row):
+            return np.array([[0, 128, 255]], np.uint16)
+
+    masks = data.images.Masks(Stored(), ignore=128, binary=True)
+    assert masks.array(0).tolist() == [[0, 255, 1]]
+    masks = data.images.Masks(Stored(), ignore=128)
+    assert masks.array(0).tolist() == [[0, 255, 255]]
+
+
 def test_binary_masks_and_instances(tmp_path):
     for folder, values in (("masks", np.array([[0, 255]], np.uint8)), ("instances", np.array([[0, 700]], np.uint16))):
         root = tmp_path / folder

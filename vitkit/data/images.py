@@ -50,16 +50,16 @@ class Masks:
         name = self.store.name(row)
         raw = self.store.raw(row)
         values = self.store.array(row) if raw is None else pixels.decode_mask(raw, name)  # None: a slice of a volume
-        if self.ignore is not None:
-            values = np.where(values == self.ignore, UNKNOWN, values)
+        unknown = values == self.ignore if self.ignore is not None else np.zeros(values.shape, bool)
         if self.binary:
-            return np.where((values == UNKNOWN) & (self.ignore is not None), UNKNOWN, values > 0).astype(np.uint8)
-        if values.size and values.max() > 255:
+            values = values > 0
+        known = values[~unknown]
+        if known.size and known.max() > 255:
             raise DataError(
-                f"{name}: mask values reach {values.max()}, but there can be at most 256 classes",
+                f"{name}: mask values reach {known.max()}, but there can be at most 256 classes",
                 fix="numbers of single objects belong into a folder called instances/; else save class numbers 0..255",
             )
-        return values.astype(np.uint8)
+        return np.where(unknown, UNKNOWN, values).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -229,9 +229,7 @@ class DINOv2(nn.Module):
                 before = self._tokens(self.origin, crops.large)
             out["anchor"] = s.anchor * dino_losses.drift(seen, before, masks.hidden)
             loss = loss + out["anchor"]
-        if (
-            self.heads_only and self.training
-        ):  # data-parallel training insists on a gradient of every parameter, even zero
+        if self.heads_only and self.training:  # data-parallel training insists on every parameter's gradient, even zero
             loss = loss + 0.0 * sum(local(p).sum() for p in self.trunk if p.requires_grad)
         if self.training:
             out |= signs(self, views[0], whole["image"])

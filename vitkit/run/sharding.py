@@ -60,7 +60,7 @@ def require(method: type, name: str, world: int, compiled: bool) -> None:
         raise ConfigError("shard and compile together are not supported", fix="one of the two")
     if not getattr(method, "shards", False):
         raise ConfigError(
-            f"{name} cannot be sharded: it works inside the blocks of its ViT",
+            f"{name} cannot be sharded: only methods can that leave the blocks of their ViT whole and say so",
             fix="leave shard out: devices alone works",
         )
 
